@@ -1,0 +1,56 @@
+"""bigtrain: train large models on many devices, layered over torch.distributed.
+
+Public names load when they are first used, so that `import bigtrain` does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "AdamW": "bigtrain.optim",
+    "BigtrainError": "bigtrain.errors",
+    "GradientPath": "bigtrain.comm.gradient",
+    "Layout": "bigtrain.config.layout",
+    "Mesh": "bigtrain.comm.mesh",
+    "SGD": "bigtrain.optim",
+    "Trainer": "bigtrain.trainer",
+    "init": "bigtrain.comm.init",
+    "leave": "bigtrain.comm.init",
+    "load_config": "bigtrain.config.load",
+    "parallelize": "bigtrain.parallelize",
+}
+
+if TYPE_CHECKING:
+    from bigtrain.comm.gradient import GradientPath
+    from bigtrain.comm.init import init, leave
+    from bigtrain.comm.mesh import Mesh
+    from bigtrain.config.layout import Layout
+    from bigtrain.config.load import load as load_config
+    from bigtrain.errors import BigtrainError
+    from bigtrain.optim import SGD, AdamW
+    from bigtrain.parallelize import parallelize
+    from bigtrain.trainer import Trainer
+
+__all__ = [
+    "SGD",
+    "AdamW",
+    "BigtrainError",
+    "GradientPath",
+    "Layout",
+    "Mesh",
+    "Trainer",
+    "init",
+    "leave",
+    "load_config",
+    "parallelize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'bigtrain' has no attribute {name!r}")
+    value = getattr(import_module(_PUBLIC[name]), "load" if name == "load_config" else name)
+    globals()[name] = value  # a submodule of the same name (parallelize) must not shadow it
+    return value

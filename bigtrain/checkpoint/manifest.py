@@ -1,0 +1,151 @@
+"""The manifest of a checkpoint: which block of which tensor is in which file. No torch.
+
+A checkpoint is a folder `step-00000100` with one safetensors file per writing rank and
+`manifest.json`, which is written last. In a file, block number i of a tensor has the key `name#i`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bigtrain.errors import CheckpointError
+
+FORMAT = "bigtrain-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class BlockEntry(_Entry):
+    offsets: list[int]
+    sizes: list[int]
+    file: str
+    key: str
+
+
+class TensorEntry(_Entry):
+    shape: list[int]
+    dtype: str
+    blocks: list[BlockEntry]
+
+
+class FileEntry(_Entry):
+    size: int
+    sha256: str
+
+
+class State(_Entry):
+    """What a run needs besides tensors to go on exactly where it was.
+
+    cursor: samples consumed. seed and cursor are all there is to the random state, since every
+    random number of a run is a function of the seed and of stream positions.
+    """
+
+    step: int
+    cursor: int
+    seed: int
+    num_updates: int
+    data_fingerprint: str
+    layout: dict[str, int]
+    config: dict[str, Any]
+
+
+class Manifest(_Entry):
+    format: str = FORMAT
+    version: int = VERSION
+    state: State
+    tensors: dict[str, TensorEntry]
+    files: dict[str, FileEntry]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensor files."""
+        return sum(entry.size for entry in self.files.values())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of the checkpoint in `folder`.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of another format, or its blocks leave gaps.
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{folder} has no readable {MANIFEST}", why=str(error), mend="use another checkpoint"
+        ) from error
+    try:
+        raw = json.loads(text)
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is no bigtrain manifest", mend="use another checkpoint")
+        if raw.get("version") != VERSION:
+            raise CheckpointError(
+                f"{path} has format version {raw.get('version')}, this bigtrain reads {VERSION}",
+                mend="read it with the bigtrain that wrote it",
+            )
+        manifest = Manifest.model_validate(raw)
+    except (json.JSONDecodeError, ValidationError) as error:
+        why = str(error).split("\n")[0]
+        mend = "use another checkpoint; `bigtrain ckpt list` shows them"
+        raise CheckpointError(f"{path} is damaged", why=why, mend=mend) from error
+    for name, tensor in manifest.tensors.items():
+        covered = sum(math.prod(block.sizes) for block in tensor.blocks)
+        if covered != math.prod(tensor.shape):
+            raise CheckpointError(
+                f"{path}: {name} has blocks for {covered} of {math.prod(tensor.shape)} elements",
+                mend="use another checkpoint",
+            )
+    return manifest
+
+
+def damaged_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> list[str]:
+    """Return what is wrong with the tensor files, one line each; of `parts` readers, for one."""
+    damage = []
+    for index, (name, entry) in enumerate(sorted(manifest.files.items())):
+        if index % parts != part:
+            continue
+        path = folder / name
+        if not path.is_file():
+            damage.append(f"{path} is missing")
+        elif path.stat().st_size != entry.size:
+            damage.append(f"{path} has {path.stat().st_size} bytes instead of {entry.size}")
+        elif sha256_of(path) != entry.sha256:
+            damage.append(f"{path} has another content than was written (sha256 differs)")
+    return damage
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hash of a file as `sha256sum` prints it."""
+    with open(path, "rb") as file:
+        if hasattr(hashlib, "file_digest"):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of the published checkpoints in `folder`, oldest first."""
+    found = []
+    for path in folder.glob("step-*"):
+        step = path.name.removeprefix("step-")
+        if path.is_dir() and step.isdecimal():
+            found.append((int(step), path))
+    return sorted(found)
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of the checkpoint of `step`."""
+    return f"step-{step:08d}"

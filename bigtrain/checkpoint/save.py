@@ -1,0 +1,181 @@
+"""Write a checkpoint from all ranks, and publish it whole or not at all.
+
+1. Every rank writes its share of the blocks into one hidden folder, flushed to disk and hashed.
+   Of a block that several ranks hold, one writes it; the choice balances bytes.
+2. Rank 0 collects what was written. If any rank failed, all raise the same error.
+3. Rank 0 writes the manifest and renames the folder into place: the one moment of publication.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from bigtrain.checkpoint.manifest import (
+    MANIFEST,
+    BlockEntry,
+    FileEntry,
+    Manifest,
+    State,
+    TensorEntry,
+    checkpoint_name,
+    list_checkpoints,
+    sha256_of,
+)
+from bigtrain.comm.block import NamedBlock
+from bigtrain.comm.collectives import all_gather_object
+from bigtrain.comm.mesh import Axis
+from bigtrain.errors import CheckpointError
+
+
+def save(folder: Path, state: State, blocks: Sequence[NamedBlock], world: Axis) -> Path:
+    """Save `blocks` and `state` as the checkpoint of `state.step`; every rank calls this.
+
+    Communicates two small gathers over `world`. Returns the checkpoint's folder.
+
+    Raises:
+        CheckpointError: on every rank alike, if any rank could not write; nothing is published.
+    """
+    name = checkpoint_name(state.step)
+    hidden = folder / f".writing-{name}"
+    if world.rank == 0:
+        remove_unfinished(folder)
+    all_gather_object(None, world, "start of a checkpoint")
+    records = all_gather_object(
+        _try_write(hidden, blocks, world.rank), world, "gather of what the ranks have written"
+    )
+    failures = [f"rank {rank}: {r}" for rank, r in enumerate(records) if isinstance(r, str)]
+    if not failures and world.rank == 0:
+        tensors, files = _merge(records)
+        manifest = Manifest(state=state, tensors=tensors, files=files)
+        failures = _try_publish(hidden, folder / name, manifest)
+    failures = all_gather_object(failures, world, "end of a checkpoint")[0]
+    if failures:
+        if world.rank == 0:
+            shutil.rmtree(hidden, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of step {state.step} was not written to {folder}",
+            why="; ".join(failures),
+            mend="make room or fix the folder, then resume from the checkpoint before",
+        )
+    return folder / name
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed run left half-written; published checkpoints are not touched."""
+    for path in folder.glob(".writing-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
+    """Remove published checkpoints, but for the last `keep_last` and multiples of `keep_every`."""
+    for step, path in list_checkpoints(folder)[:-keep_last]:
+        if not (keep_every and step % keep_every == 0):
+            # Renamed first, so that a kill in the middle leaves no half of a published one.
+            hidden = path.with_name(f".writing-removed-{path.name}")
+            os.rename(path, hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+_Record = tuple[dict[str, TensorEntry], tuple[str, FileEntry]]
+
+
+def _try_write(hidden: Path, blocks: Sequence[NamedBlock], rank: int) -> _Record | str | None:
+    """Write this rank's share; return what was written, an error text, or None for no share."""
+    mine = _share(blocks)
+    if not mine:
+        return None
+    file = f"rank-{rank:05d}.safetensors"
+    tensors, payload = {}, {}
+    for block in mine:
+        key = f"{block.name}#{'_'.join(map(str, block.block.offsets))}"
+        payload[key] = block.tensor.detach().cpu().contiguous()
+        tensors[block.name] = TensorEntry(
+            shape=list(block.shape),
+            dtype=str(block.tensor.dtype).removeprefix("torch."),
+            blocks=[
+                BlockEntry(
+                    offsets=list(block.block.offsets),
+                    sizes=list(block.block.sizes),
+                    file=file,
+                    key=key,
+                )
+            ],
+        )
+    try:
+        hidden.mkdir(parents=True, exist_ok=True)
+        save_file(payload, hidden / file)
+        _flush(hidden / file)
+        size = (hidden / file).stat().st_size
+        expected = sum(t.numel() * t.element_size() for t in payload.values())
+        if size < expected:
+            return f"{hidden / file} has {size} bytes, fewer than the {expected} written"
+        return tensors, (file, FileEntry(size=size, sha256=sha256_of(hidden / file)))
+    except Exception as error:  # safetensors has exceptions of its own for I/O
+        return f"{type(error).__name__}: {error}"
+
+
+def _share(blocks: Sequence[NamedBlock]) -> list[NamedBlock]:
+    """Return the blocks that this rank writes: of replicas, the one with the least so far.
+
+    All replicas of a block see the same list, so they agree without talking.
+    """
+    mine = []
+    load: dict[int, list[int]] = {}
+    for block in blocks:
+        bytes_so_far = load.setdefault(block.num_replicas, [0] * block.num_replicas)
+        writer = bytes_so_far.index(min(bytes_so_far))
+        bytes_so_far[writer] += block.tensor.numel() * block.tensor.element_size()
+        if writer == block.replica:
+            mine.append(block)
+    return mine
+
+
+def _merge(
+    records: Sequence[_Record | None],
+) -> tuple[dict[str, TensorEntry], dict[str, FileEntry]]:
+    tensors: dict[str, TensorEntry] = {}
+    files: dict[str, FileEntry] = {}
+    for record in records:
+        if record is None:
+            continue
+        entries, (file, entry) = record
+        files[file] = entry
+        for name, tensor in entries.items():
+            if name in tensors:
+                tensors[name].blocks.extend(tensor.blocks)
+            else:
+                tensors[name] = tensor
+    return tensors, files
+
+
+def _try_publish(hidden: Path, final: Path, manifest: Manifest) -> list[str]:
+    try:
+        with open(hidden / MANIFEST, "w", encoding="utf-8") as file:
+            file.write(manifest.model_dump_json(indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        _flush(hidden)
+        if final.exists():  # saved again at the same step: the new one replaces it
+            old = final.with_name(f".writing-replaced-{final.name}")
+            os.rename(final, old)
+            os.rename(hidden, final)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(hidden, final)
+        _flush(final.parent)
+    except OSError as error:
+        return [f"rank 0: {error}"]
+    return []
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

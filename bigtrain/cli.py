@@ -1,0 +1,128 @@
+"""The verbs of the command line. Starting must be fast, so each verb imports what it needs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from bigtrain.errors import BigtrainError
+
+app = typer.Typer(
+    name="bigtrain",
+    help="Train large models on many devices.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+ckpt = typer.Typer(no_args_is_help=True, help="List, inspect and verify checkpoints.")
+app.add_typer(ckpt, name="ckpt")
+
+ConfigPath = Annotated[str, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="like train.steps=20", metavar="[SECTION.KEY=VALUE]...")
+]
+Folder = Annotated[str, typer.Argument(help="a run folder, or its checkpoints folder")]
+
+
+@app.command()
+def launch(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last good checkpoint.")] = False,
+    restart: Annotated[
+        bool, typer.Option(help="Move an old run in the same folder aside, and start over.")
+    ] = False,
+) -> None:
+    """Train: start the ranks on this machine and watch over them."""
+    from bigtrain.config.load import load
+    from bigtrain.launch.job import Job, num_local_ranks, num_threads
+    from bigtrain.launch.local import run_local, stderr_line
+    from bigtrain.run_folder import open_run
+
+    if resume and restart:
+        raise BigtrainError("--resume and --restart exclude each other", mend="give one of them")
+    read = load(config, overrides or [])
+    num_ranks = num_local_ranks(read)
+    read = load(config, overrides or [], num_ranks)
+    folder, lock = open_run(read, resume=resume, restart=restart)
+    job = Job(folder.config, folder.logs, num_ranks, num_threads(read, num_ranks), resume)
+    with lock:
+        raise typer.Exit(run_local(job, read.launch.stop_seconds, stderr_line))
+
+
+@app.command()
+def check(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Tell everything that is wrong with a config, or what it amounts to. Needs no torch."""
+    from bigtrain.config.check import layout_of, microbatches_of
+    from bigtrain.config.load import load
+    from bigtrain.launch.job import num_local_ranks
+
+    read = load(config, overrides or [])
+    num_ranks = num_local_ranks(read)
+    read = load(config, overrides or [], num_ranks)
+    layout = layout_of(read, num_ranks)
+    size, count = microbatches_of(read, layout)
+    train = read.train
+    typer.echo(f"{config}: good")
+    typer.echo(f"  ranks   {num_ranks} here = {layout}")
+    typer.echo(
+        f"  step    {train.global_batch} samples = {layout.dp} rank(s) x "
+        f"{count} microbatch(es) x {size}"
+    )
+    typer.echo(f"  run     {train.steps} steps in {train.precision}, into {read.run.dir}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of configs, for editors."""
+    import json
+
+    from bigtrain.config.schema import Config
+
+    typer.echo(json.dumps(Config.model_json_schema(), indent=1))
+
+
+@ckpt.command("list")
+def ckpt_list(folder: Folder) -> None:
+    """List the checkpoints of a run, oldest first."""
+    from bigtrain.checkpoint.report import list_lines
+
+    for line in list_lines(folder):
+        typer.echo(line)
+
+
+@ckpt.command("inspect")
+def ckpt_inspect(folder: Annotated[str, typer.Argument(help="a checkpoint, or a run")]) -> None:
+    """Show what is in a checkpoint: state, tensors, blocks, files."""
+    from bigtrain.checkpoint.report import inspect_lines
+
+    for line in inspect_lines(folder):
+        typer.echo(line)
+
+
+@ckpt.command("verify")
+def ckpt_verify(folder: Annotated[str, typer.Argument(help="a checkpoint, or a run")]) -> None:
+    """Read every file of the checkpoints and compare it with its checksum."""
+    from bigtrain.checkpoint.report import verify_lines
+
+    lines, damaged = verify_lines(folder)
+    for line in lines:
+        typer.echo(line)
+    raise typer.Exit(1 if damaged else 0)
+
+
+def main() -> None:
+    """Run a verb; errors made for the user have no traceback."""
+    try:
+        app()
+    except BigtrainError as error:
+        sys.stdout.flush()
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader of our output, head say, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""Ranks and wires: environment, mesh, collectives, flat buckets, the gradient path."""

@@ -1,0 +1,158 @@
+"""Flat buckets: one contiguous buffer each for parameters, main parameters and main gradients.
+
+A bucket is what one collective carries and what the optimizer updates in one pass. Inside it,
+parameters of one kind (decayed, not decayed) lie side by side, so that a kind is one flat segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from bigtrain.errors import BigtrainError
+
+_ALIGNMENT = 16  # elements: 64 bytes of fp32, a cache line and a vector register
+
+
+@dataclass
+class Slot:
+    """The place of one parameter in its bucket: elements [start, start + numel)."""
+
+    name: str
+    param: nn.Parameter
+    kind: str
+    start: int
+    # Of the step under way: has a gradient arrived in any microbatch, and in the last one?
+    touched: bool = False
+    ready: bool = False
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.param.numel()
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return this parameter's part of a flat buffer of the bucket, in its own shape."""
+        return flat[self.start : self.stop].view(self.param.shape)
+
+
+@dataclass
+class Bucket:
+    """Some parameters as flat buffers, all of the same length (padding stays zero).
+
+    params: what the model computes with, in the model's dtype; the parameters are views of it.
+    main_params, main_grads: fp32. With an fp32 model `main_params` is `params` itself.
+    """
+
+    index: int
+    slots: list[Slot]
+    params: torch.Tensor
+    main_params: torch.Tensor
+    main_grads: torch.Tensor
+    launched: bool = field(default=False)
+
+    @property
+    def numel(self) -> int:
+        return self.params.numel()
+
+    def segments(self, start: int, stop: int) -> Iterator[Segment]:
+        """Cut elements [start, stop) where the kind of parameter changes."""
+        kinds = dict.fromkeys(slot.kind for slot in self.slots)
+        for kind in kinds:
+            slots = [slot for slot in self.slots if slot.kind == kind]
+            first, last = max(start, slots[0].start), min(stop, slots[-1].stop)
+            if first < last:
+                yield Segment(self, kind, first, last)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A flat stretch of one bucket whose parameters are all of one kind."""
+
+    bucket: Bucket
+    kind: str
+    start: int
+    stop: int
+
+    @property
+    def main_params(self) -> torch.Tensor:
+        return self.bucket.main_params[self.start : self.stop]
+
+    @property
+    def main_grads(self) -> torch.Tensor:
+        return self.bucket.main_grads[self.start : self.stop]
+
+
+def build_buckets(
+    model: nn.Module,
+    *,
+    bucket_mb: float,
+    dtype: torch.dtype,
+    kind_of: Callable[[str, nn.Parameter], str],
+) -> list[Bucket]:
+    """Move the trainable parameters of `model` into flat buckets of about `bucket_mb` MiB of fp32.
+
+    Buckets follow the reverse order of registration, which is about the order in which backward
+    makes gradients ready. The model computes in `dtype` afterwards. Buckets of one device are
+    filled one after the other, so that at most one of them is held twice.
+
+    Raises:
+        BigtrainError: nothing to train, or a parameter that is no real floating-point tensor.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise BigtrainError(
+            f"{type(model).__name__} has no trainable parameter",
+            why="every parameter has requires_grad=False, or there is none",
+            mend="leave requires_grad on for what is to be trained",
+        )
+    for name, param in trainable:
+        if not param.is_floating_point() or param.is_meta:
+            raise BigtrainError(
+                f"parameter {name} cannot be trained: dtype {param.dtype}, device {param.device}",
+                why="buckets hold real floating-point parameters that are on a device",
+                mend="convert or materialize it before parallelize",
+            )
+    return [
+        _fill(index, group, dtype, kind_of)
+        for index, group in enumerate(_group(reversed(trainable), bucket_mb))
+    ]
+
+
+def _group(
+    named: Iterable[tuple[str, nn.Parameter]], bucket_mb: float
+) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    limit = bucket_mb * 2**20 / 4
+    group: list[tuple[str, nn.Parameter]] = []
+    size = 0
+    for name, param in named:
+        if group and (size + param.numel() > limit or param.device != group[0][1].device):
+            yield group
+            group, size = [], 0
+        group.append((name, param))
+        size += param.numel()
+    yield group
+
+
+def _fill(
+    index: int,
+    group: list[tuple[str, nn.Parameter]],
+    dtype: torch.dtype,
+    kind_of: Callable[[str, nn.Parameter], str],
+) -> Bucket:
+    slots: list[Slot] = []
+    end = 0
+    labelled = [(kind_of(name, param), name, param) for name, param in group]
+    for kind, name, param in sorted(labelled, key=lambda item: item[0]):  # stable
+        slots.append(Slot(name, param, kind, end))
+        end = -(-slots[-1].stop // _ALIGNMENT) * _ALIGNMENT
+    device = group[0][1].device
+    main_params = torch.zeros(end, dtype=torch.float32, device=device)
+    for slot in slots:
+        slot.view(main_params).copy_(slot.param.detach())
+    params = main_params if dtype == torch.float32 else main_params.to(dtype)
+    for slot in slots:
+        slot.param.data = slot.view(params)
+    return Bucket(index, slots, params, main_params, torch.zeros_like(main_params))

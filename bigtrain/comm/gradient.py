@@ -1,0 +1,200 @@
+"""The one path of a gradient: backward -> flat bucket -> sync -> optimizer -> parameters.
+
+While backward runs, each parameter's gradient is moved into its bucket. In the last microbatch of
+a step a bucket is handed to the sync strategy as soon as it is complete and all buckets before it
+have been handed over, so that every rank issues the same collectives in the same order, whatever
+its own data made it compute. What did not take part in a step counts as a zero gradient.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import nn
+
+from bigtrain.comm.block import Block, NamedBlock
+from bigtrain.comm.buckets import Bucket, Segment, Slot
+from bigtrain.comm.collectives import broadcast
+from bigtrain.comm.sync import GradientSync
+from bigtrain.errors import BigtrainError
+
+
+class _State(enum.Enum):
+    IDLE = "before the first backward of a step"
+    ACCUMULATING = "microbatches are being added up"
+    LAST = "inside or after the last backward; buckets leave as they become ready"
+    REDUCED = "finish() returned; gradients are means over the axis"
+
+
+class GradientPath:
+    """Gradients of one model replica, in flat buckets, averaged over the data-parallel axis.
+
+    A step is: `backward(loss, last=False)` for all microbatches but the last, `backward(loss)`,
+    `finish()`, an optimizer step on `segments()`, `publish()`.
+    """
+
+    def __init__(self, model: nn.Module, buckets: list[Bucket], sync: GradientSync) -> None:
+        self.buckets = buckets
+        self.sync = sync
+        self._state = _State.IDLE
+        self._in_backward = False
+        self._next = 0  # buckets before this one were handed to sync
+        self._missing = [0] * len(buckets)  # slots of each bucket that the last microbatch owes
+        self._buffers = _persistent_float_buffers(model)
+        self._frozen = [p.data for p in model.parameters() if not p.requires_grad]
+        for bucket in buckets:
+            for slot in bucket.slots:
+                slot.param.register_post_accumulate_grad_hook(
+                    partial(self._on_gradient, bucket, slot)
+                )
+
+    def equalize(self) -> None:
+        """Give every rank the parameters (frozen ones too) and buffers of the axis's first rank."""
+        for bucket in self.buckets:
+            broadcast(bucket.main_params, self.sync.axis, f"broadcast of bucket {bucket.index}")
+            if bucket.params is not bucket.main_params:
+                bucket.params.copy_(bucket.main_params)
+        for tensor in self._frozen:
+            broadcast(tensor, self.sync.axis, "broadcast of a frozen parameter")
+        self._broadcast_buffers()
+
+    def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
+        """Add the gradient of `loss` (a scalar, this rank's mean) to the step's.
+
+        The mean over ranks is taken here, by dividing the loss by the degree of the axis. With
+        `last`, buckets are reduced while backward runs.
+
+        Raises:
+            BigtrainError: a second last backward in one step.
+            CommError: a collective could not be started.
+        """
+        if self._state in (_State.IDLE, _State.REDUCED):
+            self._begin_step()
+        if self._state is _State.LAST:
+            raise BigtrainError(
+                "backward after the last backward of a step",
+                why="buckets may be on the wire already, so their gradients cannot change",
+                mend="pass last=False for all microbatches but the last, then finish()",
+            )
+        self._state = _State.LAST if last else _State.ACCUMULATING
+        self._in_backward = True
+        try:
+            degree = self.sync.axis.degree
+            (loss / degree if degree > 1 else loss).backward()
+        finally:
+            self._in_backward = False
+
+    def finish(self) -> None:
+        """Return when every gradient is its mean over the axis; `param.grad` shows it.
+
+        Raises:
+            CommError: a rank died or did not come in time.
+        """
+        if self._state is not _State.LAST:
+            raise BigtrainError(
+                f"finish() while {self._state.value}",
+                why="a step ends with one backward(loss) that is the last",
+                mend="call backward(loss) for the last microbatch first",
+            )
+        for bucket in self.buckets[self._next :]:
+            self._hand_over(bucket)
+        self.sync.finish()
+        self._state = _State.REDUCED
+        for bucket in self.buckets:
+            if bucket.params.dtype == bucket.main_grads.dtype:
+                for slot in bucket.slots:
+                    slot.param.grad = slot.view(bucket.main_grads)
+
+    def publish(self) -> None:
+        """Bring the updated parameters back to every rank of the axis."""
+        for bucket in self.buckets:
+            self.sync.publish(bucket)
+        self._broadcast_buffers()
+
+    def segments(self) -> list[Segment]:
+        """Return what this rank's optimizer updates: flat stretches of one kind."""
+        return [s for bucket in self.buckets for s in bucket.segments(*self.sync.owned(bucket))]
+
+    def grad_norm(self) -> torch.Tensor:
+        """Return the 2-norm of the finished gradient over all parameters, a scalar."""
+        norms = [torch.linalg.vector_norm(segment.main_grads) for segment in self.segments()]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def nonfinite_parameters(self) -> list[str]:
+        """Return the names of parameters whose finished gradient has a NaN or an infinity."""
+        return [
+            slot.name
+            for bucket in self.buckets
+            for slot in bucket.slots
+            if not slot.view(bucket.main_grads).isfinite().all()
+        ]
+
+    def blocks(self, prefix: str, flats: list[torch.Tensor]) -> Iterator[NamedBlock]:
+        """Yield one flat tensor per segment (as `segments()` lists them) as named blocks."""
+        axis = self.sync.axis
+        for segment, flat in zip(self.segments(), flats, strict=True):
+            whole = segment.stop - segment.start
+            assert flat.numel() == whole
+            for slot in segment.bucket.slots:
+                start, stop = max(slot.start, segment.start), min(slot.stop, segment.stop)
+                if slot.kind != segment.kind or start >= stop:
+                    continue
+                block = Block.rows(slot.param.shape, start - slot.start, stop - slot.start)
+                part = flat[start - segment.start : stop - segment.start].view(block.sizes)
+                shape = tuple(slot.param.shape)
+                yield NamedBlock(prefix + slot.name, shape, block, part, axis.rank, axis.degree)
+
+    def _begin_step(self) -> None:
+        self._next = 0
+        for bucket in self.buckets:
+            bucket.launched = False
+            self._missing[bucket.index] = len(bucket.slots)
+            for slot in bucket.slots:
+                slot.touched = slot.ready = False
+                slot.param.grad = None
+
+    def _on_gradient(self, bucket: Bucket, slot: Slot, param: nn.Parameter) -> None:
+        """Move a fresh gradient into the bucket; called by autograd when it is complete."""
+        if not self._in_backward:
+            raise BigtrainError(
+                f"the gradient of {slot.name} came from outside of the gradient path",
+                why="loss.backward() neither averages over ranks nor reduces buckets",
+                mend="call backward(loss) of what parallelize() returned",
+            )
+        if bucket.launched:
+            raise BigtrainError(
+                f"the gradient of {slot.name} arrived twice in the last backward",
+                why="its bucket is on the wire already",
+                mend="run re-entrant backward passes (old-style checkpointing) with last=False",
+            )
+        assert param.grad is not None
+        view = slot.view(bucket.main_grads)
+        view.add_(param.grad) if slot.touched else view.copy_(param.grad)
+        slot.touched = True
+        param.grad = None
+        if self._state is _State.LAST and not slot.ready:
+            slot.ready = True
+            self._missing[bucket.index] -= 1
+            while self._next < len(self.buckets) and not self._missing[self._next]:
+                self._hand_over(self.buckets[self._next])
+
+    def _hand_over(self, bucket: Bucket) -> None:
+        for slot in bucket.slots:
+            if not slot.touched:
+                slot.view(bucket.main_grads).zero_()
+        bucket.launched = True
+        self._next = bucket.index + 1
+        self.sync.reduce(bucket)
+
+    def _broadcast_buffers(self) -> None:
+        for buffer in self._buffers:
+            broadcast(buffer, self.sync.axis, "broadcast of a buffer")
+
+
+def _persistent_float_buffers(model: nn.Module) -> list[torch.Tensor]:
+    """Return what training changes besides parameters (running statistics of a BatchNorm, say)."""
+    saved = model.state_dict(keep_vars=True)
+    return [b for name, b in model.named_buffers() if name in saved and b.is_floating_point()]

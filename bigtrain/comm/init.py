@@ -1,0 +1,116 @@
+"""Joining the world that a launcher started."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from bigtrain.comm.mesh import Mesh
+from bigtrain.comm.world import World, read_world
+from bigtrain.config.layout import Layout
+from bigtrain.errors import CommError, LaunchError
+
+
+def choose_device(wanted: str, world: World) -> torch.device:
+    """Return this rank's device; `wanted` is auto, cpu or cuda.
+
+    Raises:
+        LaunchError: CUDA is asked for and missing, or a node has more ranks than GPUs.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cpu" or (wanted == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise LaunchError(
+            "run.device is cuda, but torch sees no GPU",
+            why=f"torch {torch.__version__} on this machine, "
+            f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '(unset)')}",
+            mend="set run.device=cpu, or install a torch for this machine's CUDA driver",
+        )
+    count = torch.cuda.device_count()
+    if world.local_world_size > count:
+        raise LaunchError(
+            f"{world.local_world_size} ranks on this node, but {count} GPUs",
+            why="every rank needs a GPU of its own",
+            mend=f"start at most {count} ranks a node, or set run.device=cpu",
+        )
+    return torch.device("cuda", world.local_rank)
+
+
+def join(world: World, device: torch.device, timeout_seconds: float) -> None:
+    """Form the default process group (gloo on CPU, NCCL on CUDA); alone, do nothing.
+
+    The rendezvous is the one of torchrun (MASTER_ADDR, MASTER_PORT), except that rank 0 of
+    `bigtrain launch` is handed the listening socket itself (BIGTRAIN_STORE_FD), so that no other
+    program can take the port in between.
+
+    Raises:
+        CommError: not all ranks came in time, or they cannot reach each other.
+    """
+    if world.world_size == 1:
+        return
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend,
+            store=_local_store(world, timeout),
+            init_method=None if "BIGTRAIN_STORE_FD" in os.environ else "env://",
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise CommError(
+            f"rank {world.rank} of {world.world_size} could not join the world at {address}",
+            why=str(error).strip().split("\n")[0],
+            mend="see whether every rank started (logs/rank-*.log) and that address is reachable",
+        ) from error
+
+
+def _local_store(world: World, timeout: datetime.timedelta) -> dist.Store | None:
+    """Return the store that `bigtrain launch` prepared, or None under another launcher."""
+    descriptor = os.environ.get("BIGTRAIN_STORE_FD")
+    if descriptor is None:
+        return None
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size=world.world_size,
+        is_master=world.rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=int(descriptor) if world.rank == 0 else None,
+    )
+    return dist.PrefixStore("bigtrain", store)
+
+
+def leave() -> None:
+    """Leave the world, if this process joined one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def init(
+    layout: Layout | None = None, *, device: str = "auto", timeout_seconds: float = 300.0
+) -> Mesh:
+    """Join the world that a launcher started (or stay alone) and return its mesh.
+
+    For loops of one's own: `bigtrain launch`, torchrun and plain `python` all work. Without a
+    layout, every rank is data parallel. Call `leave()` at the end.
+
+    Raises:
+        LaunchError: the environment makes no sense, or the layout is for another world size.
+        CommError: not all ranks came in time.
+    """
+    world = read_world()
+    chosen = choose_device(device, world)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    join(world, chosen, timeout_seconds)
+    return Mesh.build(layout or Layout(dp=world.world_size), world, chosen)

@@ -1,0 +1,202 @@
+"""Rules that look at several keys at once. Pure: no process, no file, no torch.
+
+Each rule yields a Problem for what cannot work. All of them run, so that one report has
+everything; the loader adds file and line from the keys that a problem names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from bigtrain.config.layout import Layout
+from bigtrain.config.schema import Config, FactoryModel, GptModel, LlamaModel
+from bigtrain.errors import BigtrainError, Problem
+
+Rule = Callable[[Config, int | None], Iterator[Problem]]
+
+
+def check(config: Config, world_size: int | None = None) -> list[Problem]:
+    """Return everything that cannot work in `config`, in a world of `world_size` if known."""
+    return [problem for rule in RULES for problem in rule(config, world_size)]
+
+
+def fixed_world_size(config: Config) -> int | None:
+    """Return how many ranks the config itself asks for, or None where it leaves that open."""
+    parallel = config.parallel
+    if parallel.dp != "auto":
+        return math.prod((parallel.pp, int(parallel.dp), parallel.cp, parallel.tp))
+    if config.launch.processes != "auto":
+        return int(config.launch.processes)
+    return None
+
+
+def layout_of(config: Config, world_size: int) -> Layout:
+    """Return the layout of the config in a world of `world_size` ranks."""
+    return Layout.infer(config.parallel.model_dump(include={"pp", "dp", "cp", "tp"}), world_size)
+
+
+def microbatches_of(config: Config, layout: Layout) -> tuple[int, int]:
+    """Return (samples per microbatch, microbatches per step and rank)."""
+    per_rank = config.train.global_batch // layout.dp
+    microbatch = config.train.microbatch or per_rank
+    return microbatch, per_rank // microbatch
+
+
+def _axes_that_exist(config: Config, world_size: int | None) -> Iterator[Problem]:
+    for axis, technique in (("tp", "tensor"), ("cp", "context"), ("pp", "pipeline")):
+        degree = getattr(config.parallel, axis)
+        if degree > 1:
+            yield Problem(
+                f"parallel.{axis} = {degree}: this version has no {technique} parallelism",
+                why="only the data-parallel axis can be split so far",
+                mend=f"remove parallel.{axis}, and spread the run with parallel.dp",
+                keys=(f"parallel.{axis}",),
+            )
+
+
+def _world(config: Config, world_size: int | None) -> Iterator[Problem]:
+    keys = ("parallel.dp", "launch.processes", "parallel.tp", "parallel.cp", "parallel.pp")
+    asked = config.launch.processes
+    worlds = [] if asked == "auto" else [int(asked)]
+    if world_size is not None:
+        worlds.append(world_size)
+    for world in dict.fromkeys(worlds):
+        try:
+            layout_of(config, world)
+        except BigtrainError as error:
+            problem = error.problem
+            yield Problem(problem.what, problem.why, problem.mend, keys=keys)
+
+
+def _batch(config: Config, world_size: int | None) -> Iterator[Problem]:
+    world = world_size or fixed_world_size(config)
+    if world is None:
+        return
+    try:
+        dp = layout_of(config, world).dp
+    except BigtrainError:
+        return  # reported by _world
+    batch, microbatch = config.train.global_batch, config.train.microbatch
+    keys = ("train.global_batch", "train.microbatch", "parallel.dp")
+    if batch % dp:
+        below, above = batch - batch % dp, batch - batch % dp + dp
+        legal = " or ".join(str(value) for value in (below, above) if value)
+        yield Problem(
+            f"train.global_batch = {batch} cannot be shared by dp = {dp} ranks: "
+            f"{batch} / {dp} = {batch / dp:.2f}",
+            why="every rank takes the same number of samples of a step",
+            mend=f"set train.global_batch to {legal}",
+            keys=keys,
+        )
+    elif microbatch and (batch // dp) % microbatch:
+        per_rank = batch // dp
+        legal = ", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
+        yield Problem(
+            f"train.microbatch = {microbatch} does not divide a rank's share: "
+            f"{batch} / (dp={dp}) = {per_rank} samples",
+            why="a step is a whole number of microbatches on every rank",
+            mend=f"set train.microbatch to one of {legal}",
+            keys=("train.microbatch", *keys),
+        )
+
+
+def _heads(config: Config, world_size: int | None) -> Iterator[Problem]:
+    model = config.model
+    if isinstance(model, FactoryModel):
+        return
+    hidden, heads = model.hidden_size, model.num_heads
+    if hidden % heads:
+        legal = ", ".join(str(n) for n in range(1, min(hidden, 64) + 1) if hidden % n == 0)
+        yield Problem(
+            f"model.num_heads = {heads} does not divide model.hidden_size = {hidden}",
+            why="each head takes an equal part of the hidden size",
+            mend=f"set model.num_heads to one of {legal}",
+            keys=("model.num_heads", "model.hidden_size"),
+        )
+    elif isinstance(model, LlamaModel) and (hidden // heads) % 2:
+        yield Problem(
+            f"model.hidden_size / model.num_heads = {hidden // heads} is odd",
+            why="rotary positions turn pairs of channels inside a head",
+            mend="choose num_heads so that a head has an even size",
+            keys=("model.num_heads", "model.hidden_size"),
+        )
+    if isinstance(model, LlamaModel) and model.num_kv_heads and heads % model.num_kv_heads:
+        legal = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        yield Problem(
+            f"model.num_kv_heads = {model.num_kv_heads} does not divide model.num_heads = {heads}",
+            why="each key-value head serves an equal group of query heads",
+            mend=f"set model.num_kv_heads to one of {legal}",
+            keys=("model.num_kv_heads", "model.num_heads"),
+        )
+
+
+def _sequence(config: Config, world_size: int | None) -> Iterator[Problem]:
+    seq_len = getattr(config.data, "seq_len", None)
+    if not isinstance(config.model, GptModel | LlamaModel) or seq_len is None:
+        return
+    if seq_len > config.model.max_seq_len:
+        yield Problem(
+            f"data.seq_len = {seq_len} is longer than "
+            f"model.max_seq_len = {config.model.max_seq_len}",
+            why="the model has no positions beyond max_seq_len",
+            mend=f"set model.max_seq_len={seq_len}, or shorten data.seq_len",
+            keys=("data.seq_len", "model.max_seq_len"),
+        )
+    if getattr(config.data, "kind", "") in ("stdlib", "text") and config.model.vocab_size < 256:
+        yield Problem(
+            f"model.vocab_size = {config.model.vocab_size} is too small for bytes",
+            why=f"data.kind = {config.data.kind} gives bytes, which are 0 to 255",  # type: ignore[union-attr]
+            mend="set model.vocab_size=256",
+            keys=("model.vocab_size", "data.kind"),
+        )
+
+
+def _generate(config: Config, world_size: int | None) -> Iterator[Problem]:
+    byte_level = getattr(config.data, "kind", "") in ("stdlib", "text")
+    if config.eval.generate and not (
+        byte_level and isinstance(config.model, GptModel | LlamaModel)
+    ):
+        yield Problem(
+            f"eval.generate = {config.eval.generate} needs a gpt or llama model on bytes",
+            why="other tokens cannot be shown as text without their tokenizer",
+            mend="set eval.generate=0",
+            keys=("eval.generate", "data.kind", "model.kind"),
+        )
+
+
+def _schedule(config: Config, world_size: int | None) -> Iterator[Problem]:
+    schedule, steps = config.schedule, config.train.steps
+    if schedule.warmup_steps > steps:
+        yield Problem(
+            f"schedule.warmup_steps = {schedule.warmup_steps} is longer than train.steps = {steps}",
+            why="the learning rate would never reach its peak",
+            mend=f"set schedule.warmup_steps to at most {steps}",
+            keys=("schedule.warmup_steps", "train.steps"),
+        )
+    elif schedule.decay_steps and schedule.kind != "wsd":
+        yield Problem(
+            f"schedule.decay_steps has no meaning for schedule.kind = {schedule.kind}",
+            why="only wsd has a decay of its own length; the others decay over the whole run",
+            mend="remove schedule.decay_steps, or set schedule.kind=wsd",
+            keys=("schedule.decay_steps", "schedule.kind"),
+        )
+    elif schedule.decay_steps and schedule.warmup_steps + schedule.decay_steps > steps:
+        yield Problem(
+            f"schedule: {schedule.warmup_steps} warm-up + {schedule.decay_steps} decay steps are "
+            f"more than train.steps = {steps}",
+            why="warm-up and decay must both fit into the run",
+            mend=f"set schedule.decay_steps to at most {steps - schedule.warmup_steps}",
+            keys=("schedule.decay_steps", "schedule.warmup_steps", "train.steps"),
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    _axes_that_exist,
+    _world,
+    _batch,
+    _heads,
+    _sequence,
+    _generate,
+    _schedule,
+)

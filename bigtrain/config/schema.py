@@ -1,0 +1,332 @@
+"""The config of a run: one pydantic model per section, every key documented, unknown keys refused.
+
+The descriptions end up in the JSON Schema that editors use (`bigtrain schema`), so they are
+written for the person who edits a YAML file.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError
+
+
+def _positive_or_auto(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise PydanticCustomError("int_or_auto", "a positive whole number, or auto")
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+CountOrAuto = Annotated[
+    int | Literal["auto"],
+    BeforeValidator(_positive_or_auto),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
+]
+
+
+class Section(BaseModel):
+    """A section of the config: strict types, no unknown keys, immutable once read."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+    )
+
+
+class RunSection(Section):
+    dir: str = "runs/default"
+    """Folder of the run: effective config, logs, metrics, checkpoints."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
+    """Every random number of the run is a function of this."""
+    deterministic: bool = False
+    """Refuse operations that are not reproducible bit for bit (slower on GPUs)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where ranks compute; auto takes CUDA where there is one."""
+
+
+class FactoryCall(Section):
+    """A function of the user's: `package.module:function`, called with `args` as keywords."""
+
+    factory: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    """`package.module:function` that builds the object."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of that function."""
+
+
+class GptModel(Section):
+    kind: Literal["gpt"] = "gpt"
+    """GPT: learned positions, LayerNorm, GELU."""
+    vocab_size: PositiveInt = 256
+    """Rows of the token embedding; 256 for bytes."""
+    max_seq_len: PositiveInt = 256
+    """Longest sequence the positions cover, in tokens."""
+    num_layers: PositiveInt = 4
+    """Transformer blocks."""
+    hidden_size: PositiveInt = 128
+    """Width of the residual stream."""
+    num_heads: PositiveInt = 4
+    """Attention heads; must divide hidden_size."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the embedding and on each residual branch."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output projection."""
+
+
+class LlamaModel(Section):
+    kind: Literal["llama"]
+    """Llama: rotary positions, RMSNorm, SwiGLU, grouped-query attention."""
+    vocab_size: PositiveInt = 256
+    """Rows of the token embedding; 256 for bytes."""
+    max_seq_len: PositiveInt = 256
+    """Longest sequence the rotary table covers, in tokens."""
+    num_layers: PositiveInt = 4
+    """Transformer blocks."""
+    hidden_size: PositiveInt = 128
+    """Width of the residual stream."""
+    num_heads: PositiveInt = 4
+    """Query heads; must divide hidden_size."""
+    num_kv_heads: PositiveInt | None = None
+    """Key and value heads; must divide num_heads. Empty: as many as num_heads."""
+    mlp_size: PositiveInt | None = None
+    """Width inside the MLP. Empty: 8/3 of hidden_size, rounded up to a multiple of 32."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary frequencies."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the token embedding as the output projection."""
+
+
+class FactoryModel(FactoryCall):
+    """A torch.nn.Module of the user's.
+
+    It is called as `model(**batch)` and returns the mean loss of the batch, or (mean loss, count)
+    where count is the number of items that the mean is over.
+    """
+
+    loss: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
+    """`package.module:function`, called as `loss(model, batch)` in place of `model(**batch)`."""
+
+
+class StdlibData(Section):
+    kind: Literal["stdlib"] = "stdlib"
+    """The source files of Python's standard library, as bytes: real text on every machine."""
+    seq_len: PositiveInt = 128
+    """Tokens per sample."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the files that is held out for evaluation."""
+    cache_dir: str | None = None
+    """Where the packed bytes are kept. Empty: the user's cache folder."""
+
+
+class TextData(Section):
+    kind: Literal["text"]
+    """Text files of the user's, as bytes."""
+    files: Annotated[list[str], Field(min_length=1)]
+    """Paths or globs (`**` allowed), relative to the folder the command runs in."""
+    seq_len: PositiveInt = 128
+    """Tokens per sample."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the files that is held out; of one single file, its last part."""
+    cache_dir: str | None = None
+    """Where the packed bytes are kept. Empty: the user's cache folder."""
+
+
+class TokenData(Section):
+    kind: Literal["tokens"]
+    """Token files: one-dimensional .npy arrays of unsigned integers (numpy.save)."""
+    train: str
+    """Path of the training tokens."""
+    validation: str
+    """Path of the held-out tokens."""
+    seq_len: PositiveInt = 128
+    """Tokens per sample."""
+
+
+class FactoryData(FactoryCall):
+    """Datasets of the user's: the function is called with split="train" and split="validation".
+
+    Each is a map-style dataset (`__len__`, `__getitem__` giving a dict of tensors).
+    """
+
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Loader processes per rank; 0 loads in the rank itself."""
+
+
+class ParallelSection(Section):
+    dp: CountOrAuto = "auto"
+    """Data-parallel degree; auto takes what the other degrees leave of the world."""
+    tp: PositiveInt = 1
+    """Tensor-parallel degree."""
+    cp: PositiveInt = 1
+    """Context-parallel degree."""
+    pp: PositiveInt = 1
+    """Pipeline-parallel degree."""
+    bucket_mb: Annotated[float, Field(gt=0)] = 8.0
+    """Size of a gradient bucket in MiB: what one all-reduce carries."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """A collective that waits longer than this for another rank fails."""
+
+
+class TrainSection(Section):
+    steps: PositiveInt = 100
+    """Optimizer updates in the whole run."""
+    global_batch: PositiveInt = 16
+    """Samples per step over all ranks."""
+    microbatch: PositiveInt | None = None
+    """Samples per forward on one rank. Empty: all of the rank's share at once."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of parameters and activations; bf16 keeps fp32 main parameters and gradients."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Global norm that gradients are clipped to. Empty: no clipping."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a NaN or infinite loss or gradient does: end the run, or skip that update and say so."""
+
+
+class AdamwOptimizer(Section):
+    kind: Literal["adamw"] = "adamw"
+    """AdamW with decoupled weight decay."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate."""
+    betas: Annotated[
+        list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)
+    ] = [0.9, 0.95]
+    """Decay of the first and of the second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decay of matrices and embeddings; norms and biases have none."""
+
+
+class SgdOptimizer(Section):
+    kind: Literal["sgd"]
+    """Stochastic gradient descent with momentum."""
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    """Peak learning rate."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the velocity."""
+    nesterov: bool = False
+    """Look ahead along the velocity."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """L2 decay of matrices and embeddings; norms and biases have none."""
+
+
+class ScheduleSection(Section):
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Shape of the learning rate after warm-up; wsd is warm-up, stable, decay."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the rate rises linearly from zero to its peak."""
+    decay_steps: PositiveInt | None = None
+    """Length of the wsd decay at the end of the run. Empty: a tenth of train.steps."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Where the rate ends, as a share of its peak."""
+
+
+class EvalSection(Section):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Evaluate every this many steps, and after the last one; 0 only after the last one."""
+    samples: Annotated[int, Field(ge=0)] = 128
+    """Held-out samples of an evaluation (the first ones, always the same); 0: no evaluation."""
+    generate: Annotated[int, Field(ge=0)] = 0
+    """Tokens to generate at the end of the run; 0: none. Byte-level gpt and llama models."""
+
+
+class CheckpointSection(Section):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Save every this many steps, and after the last one; 0 only after the last one."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    keep_every: PositiveInt | None = None
+    """Also keep every checkpoint whose step is a multiple of this."""
+
+
+class LogSection(Section):
+    every: PositiveInt = 10
+    """Steps between two lines on the screen; metrics.jsonl has every step."""
+    sample_ids: bool = False
+    """Record the ids of the samples of every step in samples/rank-N.jsonl of the run folder."""
+
+
+class LaunchSection(Section):
+    processes: CountOrAuto = "auto"
+    """Ranks on this machine; auto takes the product of the degrees, else one per GPU or core."""
+    threads_per_rank: CountOrAuto = "auto"
+    """Compute threads of a rank; auto shares the machine's cores among its ranks."""
+    stop_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """After Ctrl-C, how long ranks may take to finish their step and save before they are ended."""
+
+
+def _kind_or_factory(default: str) -> Discriminator:
+    def choose(value: Any) -> str:
+        if isinstance(value, dict):
+            return "factory" if "factory" in value else str(value.get("kind", default))
+        return "factory" if isinstance(value, FactoryCall) else str(getattr(value, "kind", default))
+
+    return Discriminator(choose)
+
+
+Model = Annotated[
+    Annotated[GptModel, Tag("gpt")]
+    | Annotated[LlamaModel, Tag("llama")]
+    | Annotated[FactoryModel, Tag("factory")],
+    _kind_or_factory("gpt"),
+]
+Data = Annotated[
+    Annotated[StdlibData, Tag("stdlib")]
+    | Annotated[TextData, Tag("text")]
+    | Annotated[TokenData, Tag("tokens")]
+    | Annotated[FactoryData, Tag("factory")],
+    _kind_or_factory("stdlib"),
+]
+Optimizer = Annotated[
+    Annotated[AdamwOptimizer, Tag("adamw")] | Annotated[SgdOptimizer, Tag("sgd")],
+    _kind_or_factory("adamw"),
+]
+
+# The alternatives of each section that has several, by the name that `kind` takes.
+VARIANTS: dict[str, dict[str, type[Section]]] = {
+    "model": {"gpt": GptModel, "llama": LlamaModel, "factory": FactoryModel},
+    "data": {
+        "stdlib": StdlibData,
+        "text": TextData,
+        "tokens": TokenData,
+        "factory": FactoryData,
+    },
+    "optimizer": {"adamw": AdamwOptimizer, "sgd": SgdOptimizer},
+}
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunSection = RunSection()
+    """Where the run lives and what it starts from."""
+    model: Model = GptModel()
+    """What is trained."""
+    data: Data = StdlibData()
+    """What it is trained on."""
+    parallel: ParallelSection = ParallelSection()
+    """How it is spread over ranks."""
+    train: TrainSection = TrainSection()
+    """The loop."""
+    optimizer: Optimizer = AdamwOptimizer()
+    """How parameters move."""
+    schedule: ScheduleSection = ScheduleSection()
+    """The learning rate over the run."""
+    eval: EvalSection = EvalSection()
+    """Held-out loss and generated text."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """When to save and what to keep."""
+    log: LogSection = LogSection()
+    """What is shown and recorded."""
+    launch: LaunchSection = LaunchSection()
+    """How processes are started."""

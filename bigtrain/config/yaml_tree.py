@@ -1,0 +1,198 @@
+"""YAML as a tree of values that remembers the file, line and column of every key.
+
+Numbers and booleans follow YAML 1.2 (`1e-3` is a number, `no` and `on` are text), which is what
+people mean. Duplicate keys are problems, never silently the last one.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bigtrain.errors import Problem
+
+Key = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, list] = {}
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+    )
+# The empty scalar is looked up under "".
+_Loader.yaml_implicit_resolvers.setdefault("", []).append(
+    ("tag:yaml.org,2002:null", re.compile(r"^$"))
+)
+
+
+@dataclass
+class Tree:
+    """Values as plain dicts and lists, and where each key was written."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[Key, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def place(self, key: Key) -> str:
+        """Return where `key` was written, or else the nearest place around or below it."""
+        for end in range(len(key), 0, -1):
+            if key[:end] in self.places:
+                return self.places[key[:end]]
+        below = (where for other, where in self.places.items() if other[: len(key)] == key)
+        return next(below, "")
+
+    def set(self, key: tuple[str, ...], value: Any, place: str) -> None:
+        """Set one dotted key, making the sections around it."""
+        section = self.values
+        for name in key[:-1]:
+            if not isinstance(section.get(name), dict):
+                section[name] = {}
+            section = section[name]
+        section[key[-1]] = value
+        self.places = {
+            old: where for old, where in self.places.items() if old[: len(key)] != tuple(key)
+        }
+        self.places[tuple(key)] = place
+
+    def merge(self, over: Tree) -> None:
+        """Lay `over` on top: sections merge key by key, everything else is replaced.
+
+        A section whose alternative changes (another `kind`, or a `factory`) is replaced whole:
+        the keys of a gpt mean nothing to a llama.
+        """
+        for name, value in over.values.items():
+            mine = self.values.get(name)
+            if isinstance(mine, dict) and isinstance(value, dict) and _same_variant(mine, value):
+                for key, item in value.items():
+                    self.set((name, key), item, "")
+            else:
+                self.set((name,), value, "")
+        self.places = {key: place for key, place in self.places.items() if place}
+        self.places.update(over.places)
+        self.problems += over.problems
+
+
+def _same_variant(mine: dict, over: dict) -> bool:
+    if "factory" in over or "factory" in mine:
+        return "kind" not in over and ("factory" in over) <= ("factory" in mine)
+    return "kind" not in over or over["kind"] == mine.get("kind")
+
+
+def read_tree(text: str, source: str) -> Tree:
+    """Parse one YAML document; syntax errors and duplicate keys become problems of the tree."""
+    tree = Tree()
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+        why = f"the parser says: {error.problem}" + (f", {error.context}" if error.context else "")
+        mend = "check the indentation (spaces, no tabs), colons and quotes around this place"
+        tree.problems.append(Problem("this is not valid YAML", why=why, mend=mend, where=where))
+        return tree
+    except yaml.YAMLError as error:
+        why = f"the parser says: {error}".replace("\n", " ")
+        mend = "save the file as plain UTF-8 text"
+        tree.problems.append(Problem("this is not valid YAML", why=why, mend=mend, where=source))
+        return tree
+    if node is None:
+        return tree
+    if not isinstance(node, yaml.MappingNode):
+        tree.problems.append(
+            Problem(
+                "a config is made of `section: {key: value}` lines, this is something else",
+                mend="start from configs/quickstart.yaml",
+                where=f"{source}:{node.start_mark.line + 1}:{node.start_mark.column + 1}",
+            )
+        )
+        return tree
+    tree.values = _convert(node, (), source, tree)
+    # `train:` with nothing below it is an empty section (all its keys are commented out).
+    tree.values = {k: {} if v is None and k != "extends" else v for k, v in tree.values.items()}
+    return tree
+
+
+def read_file(path: Path) -> Tree:
+    """Read one YAML file; an unreadable file becomes a problem of the tree."""
+    try:
+        return read_tree(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        problem = Problem(
+            f"cannot read the config: {reason}",
+            mend="check the path; configs/ has one config per technique to start from",
+            where=str(path),
+        )
+        return Tree(problems=[problem])
+
+
+def parse_value(text: str) -> Any:
+    """Return the value that `text` has in YAML, as on the right of `key: `.
+
+    Raises:
+        yaml.YAMLError: the text is not one YAML value.
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
+def _convert(node: yaml.Node, key: Key, source: str, tree: Tree) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return _convert_mapping(node, key, source, tree)
+    if isinstance(node, yaml.SequenceNode):
+        items = []
+        for index, child in enumerate(node.value):
+            item = (*key, index)
+            tree.places[item] = _place(child, source)
+            items.append(_convert(child, item, source, tree))
+        return items
+    try:
+        return _Loader("").construct_object(node)
+    except (yaml.YAMLError, ValueError) as error:
+        why = f"the parser says: {getattr(error, 'problem', error)}"
+        mend = "write plain numbers, text, lists and sections; no tags"
+        tree.problems.append(
+            Problem("cannot read this value", why=why, mend=mend, where=_place(node, source))
+        )
+        return None
+
+
+def _convert_mapping(node: yaml.MappingNode, key: Key, source: str, tree: Tree) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name_node, child in node.value:
+        name = str(name_node.value)
+        where = _place(name_node, source)
+        full = (*key, name)
+        if name in values:
+            dotted = ".".join(map(str, full))
+            tree.problems.append(
+                Problem(
+                    f"{dotted} is given twice",
+                    why=f"the first one is at {tree.places[full]}; only one of them can hold",
+                    mend="remove one of the two",
+                    where=where,
+                )
+            )
+            continue
+        tree.places[full] = where
+        values[name] = _convert(child, full, source, tree)
+    return values
+
+
+def _place(node: yaml.Node, source: str) -> str:
+    return f"{source}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"

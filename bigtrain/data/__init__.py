@@ -1,0 +1,1 @@
+"""Token files, the default corpus, datasets of the user's, and the deterministic cursor."""

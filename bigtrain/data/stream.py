@@ -1,0 +1,132 @@
+"""The data cursor: which samples a rank reads in a step, as a function of one number.
+
+The cursor counts the samples that the run has consumed. Global batch `b` starting at cursor `c` is
+positions [c, c + b) of the endless shuffled stream, and a rank takes the same share of every
+microbatch, so the samples of a step are the same for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from bigtrain.data.permutation import derive_seed, shuffled
+from bigtrain.errors import DataError
+
+
+def rank_positions(cursor: int, micro: int, microbatch: int, rank: int, degree: int) -> np.ndarray:
+    """Return the stream positions of microbatch number `micro` of the step at `cursor`, for `rank`.
+
+    Microbatches of all ranks lie side by side: position = cursor + (micro * degree + rank) *
+    microbatch + 0, 1, ...
+    """
+    first = cursor + (micro * degree + rank) * microbatch
+    return np.arange(first, first + microbatch, dtype=np.int64)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of torch (all devices), numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+class TrainStream:
+    """Endless batches for one data-parallel rank, from `cursor` on.
+
+    `next()` gives (sample ids, batch). Random augmentations of the dataset are seeded per
+    (seed, position), so they too are the same for any number of ranks and loader processes.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        seed: int,
+        cursor: int,
+        microbatch: int,
+        num_microbatches: int,
+        rank: int,
+        degree: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self._plan = (seed, cursor, microbatch, num_microbatches, rank, degree)
+        self._length = len(dataset)  # type: ignore[arg-type]
+        self._ids = self._positions()
+        self._batches = iter(
+            DataLoader(
+                _Positioned(dataset, seed, self._length),
+                batch_sampler=self._position_lists(),
+                collate_fn=_collate,
+                num_workers=num_workers,
+                pin_memory=pin_memory,
+            )
+        )
+
+    def next(self) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+        """Return the ids of the next microbatch and its tensors (batch first)."""
+        ids = shuffled(next(self._ids), self._length, self._plan[0])
+        return ids, next(self._batches)
+
+    def _positions(self) -> Iterator[np.ndarray]:
+        _, cursor, microbatch, num_microbatches, rank, degree = self._plan
+        while True:
+            for micro in range(num_microbatches):
+                yield rank_positions(cursor, micro, microbatch, rank, degree)
+            cursor += microbatch * num_microbatches * degree
+
+    def _position_lists(self) -> Iterator[list[int]]:
+        for positions in self._positions():
+            yield positions.tolist()
+
+
+class _Positioned(Dataset):
+    """A dataset indexed by stream position: looks up the shuffled sample and seeds its draws."""
+
+    def __init__(self, dataset: Dataset, seed: int, length: int) -> None:
+        self.dataset, self.seed, self.length = dataset, seed, length
+
+    def __getitems__(self, positions: list[int]) -> Any:
+        ids = shuffled(np.asarray(positions), self.length, self.seed).tolist()
+        if hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(ids)
+        samples = []
+        for position, index in zip(positions, ids, strict=True):
+            seed_everything(derive_seed(self.seed, 1, position))
+            samples.append(self.dataset[index])
+        return samples
+
+    def __getitem__(self, position: int) -> Any:
+        return self.__getitems__([position])
+
+
+def validation_batches(
+    dataset: Dataset, num_samples: int, microbatch: int, rank: int, degree: int
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Yield (samples, batch) of this rank's share of the first `num_samples`, in order."""
+    total = min(num_samples, len(dataset))  # type: ignore[arg-type]
+    for start in range(rank * microbatch, total, microbatch * degree):
+        indices = list(range(start, min(start + microbatch, total)))
+        if hasattr(dataset, "__getitems__"):
+            yield len(indices), _collate(dataset.__getitems__(indices))
+        else:
+            yield len(indices), _collate([dataset[i] for i in indices])
+
+
+def _collate(samples: Any) -> dict[str, torch.Tensor]:
+    """Stack samples; a dataset with `__getitems__` may have given a batch already."""
+    batch = samples if isinstance(samples, dict) else default_collate(samples)
+    if not isinstance(batch, dict):
+        raise DataError(
+            f"a sample of the dataset is a {type(samples[0]).__name__}",
+            where="data.factory",
+            why="a batch is passed to the model by name: model(**batch)",
+            mend="let __getitem__ return a dict, like {'images': ..., 'labels': ...}",
+        )
+    return batch

@@ -1,0 +1,67 @@
+"""From a model section of the config to a module and the function that gives its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigtrain.config.schema import FactoryModel, GptModel, LlamaModel
+from bigtrain.errors import BigtrainError
+from bigtrain.factory import call_factory, import_function
+from bigtrain.models.gpt import GPT
+from bigtrain.models.llama import Llama
+
+Batch = Mapping[str, torch.Tensor]
+LossFunction = Callable[[nn.Module, Batch], "Loss"]
+
+
+class Loss:
+    """What a model says of a batch: the mean loss [scalar tensor] over `count` items.
+
+    `count` is None where the model does not tell; then it is the items that the dataset declares.
+    """
+
+    __slots__ = ("count", "mean")
+
+    def __init__(self, result: Any, source: str) -> None:
+        mean, count = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+        if not isinstance(mean, torch.Tensor) or mean.numel() != 1:
+            shown = f"shape {tuple(mean.shape)}" if isinstance(mean, torch.Tensor) else repr(mean)
+            raise BigtrainError(
+                f"{source} returned {shown}, not a loss",
+                why="the loss of a batch is a scalar tensor, or (scalar tensor, count)",
+                mend="return the mean loss of the batch, or set model.loss to a function that does",
+            )
+        self.mean: torch.Tensor = mean.reshape(())
+        self.count: float | None = None if count is None else float(count)
+
+
+def build_model(config: GptModel | LlamaModel | FactoryModel) -> nn.Module:
+    """Return the module on the CPU, initialised from torch's default generator.
+
+    Raises:
+        BigtrainError: the factory cannot be imported, fails, or returns no module.
+    """
+    if isinstance(config, FactoryModel):
+        model = call_factory(config.factory, config.args, where="model.factory")
+        if not isinstance(model, nn.Module):
+            raise BigtrainError(
+                f"{config.factory} returned a {type(model).__name__}, not a torch.nn.Module",
+                where="model.factory",
+                mend="return the module that is to be trained",
+            )
+        return model
+    kind: type[GPT] | type[Llama] = GPT if isinstance(config, GptModel) else Llama
+    return kind(**config.model_dump(exclude={"kind"}))
+
+
+def build_loss(config: GptModel | LlamaModel | FactoryModel) -> LossFunction:
+    """Return loss(model, batch): the user's function, or the model called with the batch."""
+    if isinstance(config, FactoryModel) and config.loss:
+        name = config.loss
+        function = import_function(name, where="model.loss")
+        return lambda model, batch: Loss(function(model, batch), name)
+    return lambda model, batch: Loss(model(**batch), type(model).__name__)

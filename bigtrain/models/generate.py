@@ -1,0 +1,36 @@
+"""Text out of a language model on one device."""
+
+from __future__ import annotations
+
+import torch
+
+from bigtrain.models.gpt import GPT
+from bigtrain.models.llama import Llama
+
+
+@torch.no_grad()
+def generate(
+    model: GPT | Llama,
+    prompt: torch.Tensor,
+    num_tokens: int,
+    *,
+    seed: int,
+    temperature: float = 0.8,
+) -> torch.Tensor:
+    """Return `prompt` [T] int64 followed by `num_tokens` sampled tokens.
+
+    Each token is drawn from softmax(logits / temperature) of the last max_seq_len tokens, by a
+    generator of its own, so that neither the draw nor training depends on the other.
+    """
+    training = model.training
+    model.eval()
+    draw = torch.Generator().manual_seed(seed)
+    tokens = prompt
+    for _ in range(num_tokens):
+        logits = model(tokens[None, -model.max_seq_len :])[0, -1].float().cpu()
+        chances = torch.softmax(logits / temperature, dim=-1)
+        tokens = torch.cat(
+            (tokens, torch.multinomial(chances, 1, generator=draw).to(tokens.device))
+        )
+    model.train(training)
+    return tokens

@@ -1,0 +1,131 @@
+"""Llama: rotary positions, RMSNorm, SwiGLU, grouped-query attention.
+
+Sources: https://arxiv.org/abs/2307.09288, rotary https://arxiv.org/abs/2104.09864, grouped-query
+attention https://arxiv.org/abs/2305.13245, SwiGLU https://arxiv.org/abs/2002.05202.
+Shapes in comments: B batch, T sequence, H query heads, K key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bigtrain.models.loss import next_token_loss
+
+
+def rotary_table(max_seq_len: int, head_size: int, theta: float) -> torch.Tensor:
+    """Return cosines and sines of the rotary angles, [2, max_seq_len, head_size / 2] fp32."""
+    frequencies = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+    angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float64), frequencies)
+    return torch.stack((angles.cos(), angles.sin())).float()
+
+
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Turn each pair of channels (i, i + D/2) of x [B, H, T, D] by its position's angle."""
+    cos, sin = table[:, : x.shape[2]].to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention whose keys and values have fewer heads than its queries."""
+
+    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int) -> None:
+        super().__init__()
+        self.head_size = hidden_size // num_heads
+        self.q = nn.Linear(hidden_size, num_heads * self.head_size, bias=False)
+        self.k = nn.Linear(hidden_size, num_kv_heads * self.head_size, bias=False)
+        self.v = nn.Linear(hidden_size, num_kv_heads * self.head_size, bias=False)
+        self.proj = nn.Linear(num_heads * self.head_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+
+        def split(y: torch.Tensor) -> torch.Tensor:
+            return y.view(batch, length, -1, self.head_size).transpose(1, 2)
+
+        q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))  # [B, H or K, T, D]
+        y = F.scaled_dot_product_attention(
+            rotate(q, table), rotate(k, table), v, is_causal=True, enable_gqa=True
+        )
+        return self.proj(y.transpose(1, 2).reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, mlp_size: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, mlp_size, bias=False)
+        self.up = nn.Linear(hidden_size, mlp_size, bias=False)
+        self.down = nn.Linear(mlp_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, num_kv_heads: int, mlp_size: int, norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.attention = Attention(hidden_size, num_heads, num_kv_heads)
+        self.norm2 = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.mlp = MLP(hidden_size, mlp_size)
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x), table)
+        return x + self.mlp(self.norm2(x))
+
+
+class Llama(nn.Module):
+    """A decoder-only language model.
+
+    forward(tokens [B, T] int64) gives logits [B, T, vocabulary];
+    forward(tokens, targets [B, T] int64) gives the mean next-token loss in nats, fp32.
+    """
+
+    table: torch.Tensor
+
+    def __init__(
+        self,
+        vocab_size: int = 256,
+        max_seq_len: int = 256,
+        num_layers: int = 4,
+        hidden_size: int = 128,
+        num_heads: int = 4,
+        num_kv_heads: int | None = None,
+        mlp_size: int | None = None,
+        rope_theta: float = 10000.0,
+        norm_eps: float = 1e-5,
+        tie_embeddings: bool = False,
+    ) -> None:
+        super().__init__()
+        self.max_seq_len = max_seq_len
+        mlp_size = mlp_size or -(-hidden_size * 8 // 3 // 32) * 32
+        self.token_embedding = nn.Embedding(vocab_size, hidden_size)
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, num_kv_heads or num_heads, mlp_size, norm_eps)
+            for _ in range(num_layers)
+        )
+        self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+        for name, param in self.named_parameters():
+            if param.ndim >= 2:
+                branch_end = name.endswith(("proj.weight", "down.weight"))
+                nn.init.normal_(param, std=0.02 / (2 * num_layers) ** 0.5 if branch_end else 0.02)
+        if tie_embeddings:
+            self.head.weight = self.token_embedding.weight
+        table = rotary_table(max_seq_len, hidden_size // num_heads, rope_theta)
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.token_embedding(tokens)
+        for block in self.blocks:
+            x = block(x, self.table)
+        logits = self.head(self.norm(x))
+        return logits if targets is None else next_token_loss(logits, targets)

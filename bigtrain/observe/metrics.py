@@ -1,0 +1,48 @@
+"""metrics.jsonl and TensorBoard: one record, one point per step. Written by rank 0."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigtrain.observe.jsonl import JsonLines, forget_after
+from bigtrain.observe.records import EvalRecord, StepRecord
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Metrics:
+    """Appends records; on resume, forgets what came after the step that is resumed from."""
+
+    def __init__(self, path: Path, tensorboard: Path, resume_step: int) -> None:
+        forget_after(path, resume_step)
+        self._lines = JsonLines(path)
+        self._tensorboard = tensorboard
+        self._resume_step = resume_step
+        self._writer: SummaryWriter | None = None
+
+    def add(self, record: StepRecord | EvalRecord) -> None:
+        """Append one record."""
+        values = asdict(record)
+        values.pop("sample_ids", None)
+        self._lines.add(values)
+        step = values.pop("step")
+        writer = self._summary_writer()
+        for name, value in values.items():
+            writer.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._lines.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _summary_writer(self) -> SummaryWriter:
+        if self._writer is None:  # at the first record: importing it is slow
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = self._resume_step + 1 if self._resume_step else None
+            self._writer = SummaryWriter(str(self._tensorboard), purge_step=purge)
+        return self._writer

@@ -1,0 +1,30 @@
+"""What is known of one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer update.
+
+    loss: mean over the global batch, in nats for language models. sample_ids: what this rank read.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    items: int
+    items_per_second: float
+    skipped: bool
+    sample_ids: list[int]
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """The held-out loss after `step` updates."""
+
+    step: int
+    validation_loss: float

@@ -1,0 +1,199 @@
+"""One rank's run, from the config to the last line on the screen."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from bigtrain.checkpoint.manifest import checkpoint_name
+from bigtrain.comm.collectives import together
+from bigtrain.comm.init import choose_device, join, leave
+from bigtrain.comm.mesh import Mesh
+from bigtrain.comm.world import World, read_world
+from bigtrain.config.check import layout_of
+from bigtrain.config.load import load
+from bigtrain.config.schema import Config
+from bigtrain.errors import Stopped
+from bigtrain.lifetime import StopRequest
+from bigtrain.models import GPT, Llama
+from bigtrain.models.generate import generate
+from bigtrain.observe.curve import draw_curve
+from bigtrain.observe.jsonl import JsonLines, forget_after
+from bigtrain.observe.metrics import Metrics
+from bigtrain.observe.progress import make_display, setup_logging
+from bigtrain.observe.records import EvalRecord
+from bigtrain.run_folder import RunFolder, explained_io, open_run
+from bigtrain.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    config_path: str, overrides: Sequence[str], resume: bool, restart: bool, stop: StopRequest
+) -> None:
+    """Train as the config says, on this rank; rank 0 also shows, records and draws."""
+    world = read_world()
+    console = setup_logging(world.rank)
+    config = load(config_path, overrides, world.world_size)
+    device = choose_device(config.run.device, world)
+    _configure_torch(config, world, device)
+    join(world, device, config.parallel.timeout_seconds)
+    mesh = Mesh.build(layout_of(config, world.world_size), world, device)
+    with _run_folder(config, resume, restart, mesh) as folder, explained_io(folder.path):
+        trainer = Trainer(config, mesh, folder.checkpoints, stop_requested=lambda: stop.signal)
+        source = trainer.resume() if resume else None
+        _announce(trainer, source, resume)
+        if mesh.rank == 0:
+            for path in folder.samples.glob("*.jsonl"):
+                forget_after(path, trainer.step)
+        together(lambda: None, mesh.world, "start of the loop")
+        stop.finishing = True  # from here on, a signal lets the step end and saves first
+        validation_loss = _loop(trainer, folder, console)
+        stop.finishing = False
+        if mesh.rank == 0:
+            _farewell(trainer, folder, validation_loss)
+    leave()
+
+
+def _configure_torch(config: Config, world: World, device: torch.device) -> None:
+    threads = config.launch.threads_per_rank
+    if threads == "auto":
+        threads = max(1, len(os.sched_getaffinity(0)) // world.local_world_size)
+    torch.set_num_threads(int(threads))
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+@contextmanager
+def _run_folder(config: Config, resume: bool, restart: bool, mesh: Mesh) -> Iterator[RunFolder]:
+    """Hold the run folder: rank 0 opens and locks it, unless `bigtrain launch` has done so."""
+    lock = None
+
+    def open_it() -> None:
+        nonlocal lock
+        if mesh.rank == 0 and "BIGTRAIN_LAUNCHER_PID" not in os.environ:
+            _, lock = open_run(config, resume=resume, restart=restart)
+
+    together(open_it, mesh.world, "opening the run folder")
+    try:
+        yield RunFolder(Path(config.run.dir))
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _announce(trainer: Trainer, source: Path | None, resume: bool) -> None:
+    num_params = sum(p.numel() for p in trainer.model.parameters())
+    train, source_unit = trainer.config.train, trainer.source.unit
+    log.info(
+        "%s  |  %s parameters, %s  |  %d x %s per step = %d rank(s) x %d microbatch(es) of %d",
+        trainer.mesh,
+        f"{num_params:,}",
+        train.precision,
+        train.global_batch,
+        f"{trainer.source.items_per_sample} {source_unit}",
+        trainer.mesh.dp.degree,
+        trainer.num_microbatches,
+        trainer.microbatch,
+    )
+    if source is not None:
+        log.info("resumed from %s, after step %d", source, trainer.step)
+    elif resume:
+        log.warning("no checkpoint in %s yet: starting from the beginning", trainer.checkpoints)
+    if trainer.step >= train.steps:
+        log.warning("step %d of %d is done already: raise train.steps", trainer.step, train.steps)
+
+
+def _loop(trainer: Trainer, folder: RunFolder, console: Console | None) -> float | None:
+    """Drive the trainer to its end; show, record, evaluate. Returns the last validation loss.
+
+    Raises:
+        Stopped: all ranks agreed to stop; the checkpoint is saved.
+    """
+    config, rank = trainer.config, trainer.mesh.rank
+    metrics = Metrics(folder.metrics, folder.tensorboard, trainer.step) if rank == 0 else None
+    samples = JsonLines(folder.samples / f"rank-{rank}.jsonl") if config.log.sample_ids else None
+    display = make_display(
+        console, trainer.step, config.train.steps, config.log.every, trainer.source.unit
+    )
+    validation_loss = None
+    try:
+        for record in trainer.steps():
+            display.step(record)
+            if metrics is not None:
+                metrics.add(record)
+            if samples is not None:
+                samples.add({"step": record.step, "ids": record.sample_ids})
+            if _evaluation_is_due(config, record.step) and not trainer.stop_signal:
+                validation_loss = trainer.evaluate()
+                if validation_loss is not None:
+                    evaluation = EvalRecord(record.step, validation_loss)
+                    display.evaluation(evaluation)
+                    if metrics is not None:
+                        metrics.add(evaluation)
+    finally:
+        display.close()
+        for file in (metrics, samples):
+            if file is not None:
+                file.close()
+    if trainer.stop_signal and trainer.step < config.train.steps:
+        raise Stopped(
+            trainer.stop_signal,
+            f"stopped after step {trainer.step} of {config.train.steps}; "
+            f"the checkpoint is in {trainer.checkpoints}",
+            mend=f"go on with: bigtrain launch {folder.config} --resume",
+        )
+    return validation_loss
+
+
+def _evaluation_is_due(config: Config, step: int) -> bool:
+    every = config.eval.every
+    return step == config.train.steps or (every > 0 and step % every == 0)
+
+
+def _farewell(trainer: Trainer, folder: RunFolder, validation_loss: float | None) -> None:
+    """Say how good the model is, let it speak, and tell where everything is."""
+    config = trainer.config
+    references: dict[str, float] = {}
+    entropies = trainer.source.entropies()
+    if entropies is not None:
+        references = {"unigram entropy": entropies[0], "bigram entropy": entropies[1]}
+    if validation_loss is not None:
+        beside = ", ".join(f"{name} {value:.4f}" for name, value in references.items())
+        log.info(
+            "validation loss %.4f%s",
+            validation_loss,
+            f" nats per token (the held-out text's own {beside})" if beside else "",
+        )
+    if config.eval.generate:
+        log.info("a sample of the model:\n%s", _indent(_sample(trainer)))
+    draw_curve(folder.metrics, folder.curve, references)
+    last = trainer.checkpoints / checkpoint_name(trainer.step)
+    log.info("checkpoint   %s", last)
+    log.info("metrics      %s, %s", folder.metrics, folder.tensorboard)
+    log.info("loss curve   %s", folder.curve)
+    more = f"train.steps={2 * config.train.steps}"
+    log.info("to continue  bigtrain launch %s --resume %s", folder.config, more)
+
+
+def _sample(trainer: Trainer) -> str:
+    """Return text that the model continues from a line of Python or the start of a file."""
+    prompt = torch.tensor(list(b"def "), device=trainer.mesh.device)
+    assert isinstance(trainer.model, GPT | Llama)  # config/check.py sees to it
+    tokens = generate(
+        trainer.model, prompt, trainer.config.eval.generate, seed=trainer.config.run.seed
+    )
+    return bytes(token % 256 for token in tokens.tolist()).decode("utf-8", errors="replace")
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())

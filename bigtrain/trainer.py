@@ -1,0 +1,337 @@
+"""Training: build everything a rank needs, take steps, evaluate, save, resume.
+
+The Trainer prints nothing and writes nothing but checkpoints; `train.py` drives it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bigtrain.checkpoint.load import find_last_good, load_blocks
+from bigtrain.checkpoint.manifest import Manifest, State
+from bigtrain.checkpoint.save import prune, save
+from bigtrain.comm.block import Block, NamedBlock
+from bigtrain.comm.collectives import all_gather_object, all_reduce, start_all_reduce, together
+from bigtrain.comm.mesh import Mesh
+from bigtrain.config.check import microbatches_of
+from bigtrain.config.schema import Config
+from bigtrain.data.build import DataSource, open_data, prepare_data
+from bigtrain.data.permutation import derive_seed
+from bigtrain.data.stream import TrainStream, rank_positions, seed_everything, validation_batches
+from bigtrain.errors import CheckpointError, DataError, NonFiniteError
+from bigtrain.models.build import build_loss, build_model
+from bigtrain.observe.records import StepRecord
+from bigtrain.optim import learning_rate
+from bigtrain.optim.optimizer import build_optimizer
+from bigtrain.parallelize import parallelize
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # in rising order of urgency
+MOST_SKIPS = 10  # skipped updates in a row after which a run is given up
+
+
+class Trainer:
+    """One rank's part of a run.
+
+    config is checked already; mesh is this rank's. `stop_requested()` gives the signal that asked
+    this rank to stop, if any; every step all ranks agree on it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        checkpoints: Path,
+        *,
+        stop_requested: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        self.config, self.mesh, self.checkpoints = config, mesh, checkpoints
+        self.stop_requested = stop_requested
+        self.step = self.cursor = self.num_skipped = 0
+        self.stop_signal: int | None = None
+        self.dtype = DTYPES[config.train.precision]
+        self.microbatch, self.num_microbatches = microbatches_of(config, mesh.layout)
+        self.source = _open_source(config, mesh)
+        seed_everything(config.run.seed)
+        self.model = together(lambda: build_model(config.model), mesh.world, "building the model")
+        self.loss_of = together(lambda: build_loss(config.model), mesh.world, "finding the loss")
+        bucket_mb = config.parallel.bucket_mb
+        self.path = parallelize(self.model, mesh, dtype=self.dtype, bucket_mb=bucket_mb)
+        self.optimizer = build_optimizer(self.path.segments(), config.optimizer)
+        self._stream: TrainStream | None = None
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[StepRecord]:
+        """Take steps until the run is complete or all ranks agreed to stop; yield each.
+
+        Saves when a checkpoint is due, and at the end, after the caller has handled the record.
+        """
+        saved = self.step
+        while self.step < self.config.train.steps and not self.stop_signal:
+            yield self.train_step()
+            if self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0:
+                self.save()
+                saved = self.step
+        if saved != self.step:
+            self.save()
+
+    def train_step(self) -> StepRecord:
+        """Do one optimizer update over one global batch.
+
+        Communicates: gradient buckets during the last backward, and beside them four numbers
+        (sum of losses, number of items, votes to stop).
+
+        Raises:
+            NonFiniteError: a NaN or infinity, if the config says stop, or too many in a row.
+            CommError: another rank went away.
+        """
+        begin = time.perf_counter()
+        nominal = self.config.train.global_batch * self.source.items_per_sample
+        totals = torch.zeros(4, dtype=torch.float64, device=self.mesh.device)
+        seen: list[tuple[np.ndarray, torch.Tensor]] = []
+        for micro in range(self.num_microbatches):
+            last = micro == self.num_microbatches - 1
+            ids, batch = self._next_microbatch(micro)
+            loss = self.loss_of(self.model, batch)
+            count = loss.count if loss.count is not None else nominal / self._num_shares
+            seen.append((ids, loss.mean.detach()))
+            totals[0] += loss.mean.detach() * count
+            totals[1] += count
+            if last:
+                self._vote(totals[2:])
+                summed = start_all_reduce(totals, self.mesh.world, "all_reduce of the loss")
+            self.path.backward(loss.mean * (count * self.mesh.dp.degree / nominal), last=last)
+        self.path.finish()
+        summed.wait()
+        loss_sum, items, *votes = totals.tolist()
+
+        # Losses were weighted as if there were `nominal` items; `correction` makes that right.
+        correction = max(items, 1.0) / nominal
+        norm = float(self.path.grad_norm()) / correction
+        rate = learning_rate(
+            self.config.schedule, self.optimizer.lr, self.step, self.config.train.steps
+        )
+        finite = math.isfinite(loss_sum) and math.isfinite(norm)
+        if finite:
+            self.num_skipped = 0
+            self.optimizer.step(rate, self._divisor(norm, correction))
+            self.path.publish()
+        else:
+            self._on_nonfinite(seen)
+        self.step += 1
+        self.cursor += self.config.train.global_batch
+        for number, vote in zip(STOP_SIGNALS, votes, strict=True):
+            self.stop_signal = number if vote else self.stop_signal
+        speed = nominal / (time.perf_counter() - begin)
+        mean = loss_sum / max(items, 1.0)
+        samples = [int(i) for ids, _ in seen for i in ids]
+        return StepRecord(self.step, mean, norm, rate, round(items), speed, not finite, samples)
+
+    @property
+    def _num_shares(self) -> int:
+        """Into how many microbatches a global batch is cut, over all ranks."""
+        return self.num_microbatches * self.mesh.dp.degree
+
+    def _next_microbatch(self, micro: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+        """Return sample ids and batch, and seed what the model will draw for it.
+
+        The seed is that of the microbatch's place in the stream, not of the rank that computes it,
+        so dropout is the same under every layout with the same microbatch size.
+        """
+        dp, seed = self.mesh.dp, self.config.run.seed
+        if self._stream is None:
+            self._stream = TrainStream(
+                self.source.train,
+                seed=seed,
+                cursor=self.cursor,
+                microbatch=self.microbatch,
+                num_microbatches=self.num_microbatches,
+                rank=dp.rank,
+                degree=dp.degree,
+                num_workers=getattr(self.config.data, "num_workers", 0),
+                pin_memory=self.mesh.device.type == "cuda",
+            )
+        ids, batch = self._stream.next()
+        place = rank_positions(self.cursor, micro, self.microbatch, dp.rank, dp.degree)[0]
+        seed_everything(derive_seed(seed, 2, int(place)))
+        return ids, self._to_device(batch)
+
+    def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Move a batch to the device; its floating-point tensors take the model's dtype."""
+        device = self.mesh.device
+        return {
+            name: t.to(device, self.dtype if t.is_floating_point() else t.dtype, non_blocking=True)
+            for name, t in batch.items()
+        }
+
+    def _vote(self, votes: torch.Tensor) -> None:
+        asked = self.stop_requested()
+        for index, number in enumerate(STOP_SIGNALS):
+            votes[index] = float(asked == number)
+
+    def _divisor(self, norm: float, correction: float) -> torch.Tensor | None:
+        """Return what to divide gradients by, for the item count and for clipping, or None."""
+        most = self.config.train.max_grad_norm
+        divisor = correction * (max(1.0, (norm + 1e-6) / most) if most else 1.0)
+        if divisor == 1.0:
+            return None
+        return torch.tensor(divisor, dtype=torch.float32, device=self.mesh.device)
+
+    def _on_nonfinite(self, seen: list[tuple[np.ndarray, torch.Tensor]]) -> None:
+        """Skip this update, or end the run, naming the rank, the samples, the parameters at fault.
+
+        All ranks get here together: what they looked at was summed over all of them.
+        """
+        self.num_skipped += 1
+        mine = [int(i) for ids, loss in seen if not loss.isfinite() for i in ids[:8]]
+        everyone = all_gather_object(mine, self.mesh.world, "search for a NaN")
+        guilty = [f"rank {rank} (samples {ids})" for rank, ids in enumerate(everyone) if ids]
+        names = self.path.nonfinite_parameters()
+        what = f"step {self.step + 1}: " + (
+            f"the loss on {' and '.join(guilty)} is NaN or infinite"
+            if guilty
+            else f"the gradient of {', '.join(names[:3])} is NaN or infinite"
+        )
+        if self.config.train.on_nonfinite == "skip" and self.num_skipped < MOST_SKIPS:
+            log.warning("%s; this update is skipped", what)
+            return
+        in_a_row = f"this is number {self.num_skipped} in a row; " if self.num_skipped > 1 else ""
+        raise NonFiniteError(
+            what,
+            why=in_a_row + "the update was not done, and the last checkpoint is good",
+            mend="look at those samples, lower optimizer.lr, or set train.on_nonfinite=skip",
+        )
+
+    # -- evaluation ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Return the mean loss over the first `eval.samples` held-out samples; None for none.
+
+        Each rank computes a share; two numbers are summed over the data-parallel axis.
+        """
+        if not self.config.eval.samples:
+            return None
+        self.model.eval()
+        dp = self.mesh.dp
+        totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        for num_samples, batch in validation_batches(
+            self.source.validation, self.config.eval.samples, self.microbatch, dp.rank, dp.degree
+        ):
+            loss = self.loss_of(self.model, self._to_device(batch))
+            items = num_samples * self.source.items_per_sample
+            count = loss.count if loss.count is not None else items
+            totals += torch.tensor([float(loss.mean) * count, count]).to(totals)
+        all_reduce(totals, dp, "all_reduce of the validation loss")
+        self.model.train()
+        return float(totals[0] / totals[1])
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Save a checkpoint of this step and remove those that need not be kept.
+
+        Raises:
+            CheckpointError: on every rank, if any could not write.
+        """
+        state = State(
+            step=self.step,
+            cursor=self.cursor,
+            seed=self.config.run.seed,
+            num_updates=self.optimizer.num_updates,
+            data_fingerprint=self.source.fingerprint,
+            layout=self.mesh.layout.degrees,
+            config=self.config.model_dump(),
+        )
+        where = save(self.checkpoints, state, list(self._blocks()), self.mesh.world)
+        if self.mesh.rank == 0:
+            keep = self.config.checkpoint
+            prune(self.checkpoints, keep.keep_last, keep.keep_every)
+        return where
+
+    def resume(self) -> Path | None:
+        """Take up the newest good checkpoint, of whatever layout; None if there is none.
+
+        Raises:
+            CheckpointError: it does not fit the model, the optimizer, the seed or the data.
+        """
+        found = find_last_good(self.checkpoints, self.mesh.world)
+        if found is None:
+            return None
+        together(lambda: self._take_up(*found), self.mesh.world, "loading a checkpoint")
+        self.path.publish()
+        return found[0]
+
+    def _take_up(self, where: Path, manifest: Manifest) -> None:
+        state = manifest.state
+        mends = {
+            "seed": (state.seed, self.config.run.seed, f"set run.seed={state.seed}"),
+            "data": (
+                state.data_fingerprint,
+                self.source.fingerprint,
+                "put the data and data.seq_len back, or start a new run in another run.dir",
+            ),
+        }
+        for name, (was, now, mend) in mends.items():
+            if was != now:
+                raise CheckpointError(
+                    f"{where} is of a run with another {name}: {was}, now {now}",
+                    why="the samples that are due next would not be those of that run",
+                    mend=mend,
+                )
+        load_blocks(where, manifest, self._blocks())
+        self.step, self.cursor = state.step, state.cursor
+        self.optimizer.num_updates = state.num_updates
+        self._stream = None
+
+    def _blocks(self) -> Iterator[NamedBlock]:
+        """Yield everything that a checkpoint holds, as blocks of this rank's own memory."""
+        path, dp = self.path, self.mesh.dp
+        yield from path.blocks("model.", [segment.main_params for segment in path.segments()])
+        for moment, flats in self.optimizer.moments.items():
+            yield from path.blocks(f"optimizer.{moment}.", flats)
+        # What is in no bucket: persistent buffers and frozen parameters, the same on all ranks.
+        known = {id(slot.param) for bucket in path.buckets for slot in bucket.slots}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if id(tensor) not in known:
+                known.add(id(tensor))
+                shape = tuple(tensor.shape)
+                whole = Block.whole(shape)
+                yield NamedBlock(f"model.{name}", shape, whole, tensor.data, dp.rank, dp.degree)
+
+
+def _open_source(config: Config, mesh: Mesh) -> DataSource:
+    """Prepare the data on the first rank of each node, then open it everywhere.
+
+    Raises:
+        DataError: on every rank, if it is wrong on any, or differs between ranks.
+    """
+    world = mesh.world
+    mine = together(
+        lambda: prepare_data(config.data) if mesh.local_rank == 0 else [],
+        world,
+        "preparing the data",
+    )
+    files = all_gather_object(mine, world)[mesh.rank - mesh.local_rank]
+    vocab_size = getattr(config.model, "vocab_size", None)
+    source = together(lambda: open_data(config.data, files, vocab_size), world, "opening the data")
+    marks = all_gather_object(source.fingerprint, world)
+    different = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
+    if different:
+        raise DataError(
+            f"ranks {different} have other data than rank 0",
+            why=f"fingerprints {[marks[rank] for rank in different]} and {marks[0]}",
+            mend="give every node the same files (and, for data.kind=stdlib, the same Python)",
+        )
+    return source

@@ -1,0 +1,1 @@
+"""Starting processes. Installed as bigtrain.launch; never imports torch."""
