@@ -227,7 +227,12 @@ class Trainer:
         dp = self.mesh.dp
         totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         for num_samples, batch in validation_batches(
-            self.source.validation, self.config.eval.samples, self.microbatch, dp.rank, dp.degree
+            self.source.validation,
+            self.config.eval.samples,
+            seed=self.config.run.seed,
+            microbatch=self.microbatch,
+            rank=dp.rank,
+            degree=dp.degree,
         ):
             loss = self.loss_of(self.model, self._to_device(batch))
             items = num_samples * self.source.items_per_sample

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from bigtrain.config.layout import Layout
-from bigtrain.config.schema import Config, FactoryModel, GptModel, LlamaModel
+from bigtrain.config.schema import Config, FactoryModel, GptModel, LlamaModel, SgdOptimizer
 from bigtrain.errors import BigtrainError, Problem
 
 Rule = Callable[[Config, int | None], Iterator[Problem]]
@@ -191,6 +191,17 @@ def _schedule(config: Config, world_size: int | None) -> Iterator[Problem]:
         )
 
 
+def _momentum(config: Config, world_size: int | None) -> Iterator[Problem]:
+    optimizer = config.optimizer
+    if isinstance(optimizer, SgdOptimizer) and optimizer.nesterov and not optimizer.momentum:
+        yield Problem(
+            "optimizer.nesterov = true with optimizer.momentum = 0",
+            why="Nesterov's form looks ahead along the momentum",
+            mend="set optimizer.momentum=0.9, or optimizer.nesterov=false",
+            keys=("optimizer.nesterov", "optimizer.momentum"),
+        )
+
+
 RULES: tuple[Rule, ...] = (
     _axes_that_exist,
     _world,
@@ -199,4 +210,5 @@ RULES: tuple[Rule, ...] = (
     _sequence,
     _generate,
     _schedule,
+    _momentum,
 )

@@ -94,29 +94,37 @@ class _Positioned(Dataset):
 
     def __getitems__(self, positions: list[int]) -> Any:
         ids = shuffled(np.asarray(positions), self.length, self.seed).tolist()
-        if hasattr(self.dataset, "__getitems__"):
-            return self.dataset.__getitems__(ids)
-        samples = []
-        for position, index in zip(positions, ids, strict=True):
-            seed_everything(derive_seed(self.seed, 1, position))
-            samples.append(self.dataset[index])
-        return samples
+        seeds = [derive_seed(self.seed, 1, position) for position in positions]
+        return _fetch(self.dataset, ids, seeds)
 
     def __getitem__(self, position: int) -> Any:
         return self.__getitems__([position])
 
 
 def validation_batches(
-    dataset: Dataset, num_samples: int, microbatch: int, rank: int, degree: int
+    dataset: Dataset, num_samples: int, *, seed: int, microbatch: int, rank: int, degree: int
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Yield (samples, batch) of this rank's share of the first `num_samples`, in order."""
+    """Yield (samples, batch) of this rank's share of the first `num_samples`, in order.
+
+    What the dataset draws for sample i is a function of (seed, i).
+    """
     total = min(num_samples, len(dataset))  # type: ignore[arg-type]
     for start in range(rank * microbatch, total, microbatch * degree):
         indices = list(range(start, min(start + microbatch, total)))
-        if hasattr(dataset, "__getitems__"):
-            yield len(indices), _collate(dataset.__getitems__(indices))
-        else:
-            yield len(indices), _collate([dataset[i] for i in indices])
+        seeds = [derive_seed(seed, 3, index) for index in indices]
+        yield len(indices), _collate(_fetch(dataset, indices, seeds))
+
+
+def _fetch(dataset: Any, indices: list[int], seeds: list[int]) -> Any:
+    """Return samples, or a whole batch from a dataset that can give one; seed the draws of each."""
+    if hasattr(dataset, "__getitems__"):
+        seed_everything(seeds[0])
+        return dataset.__getitems__(indices)
+    samples = []
+    for index, seed in zip(indices, seeds, strict=True):
+        seed_everything(seed)
+        samples.append(dataset[index])
+    return samples
 
 
 def _collate(samples: Any) -> dict[str, torch.Tensor]:
