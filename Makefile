@@ -1,0 +1,31 @@
+# make run    set up .venv, then train the quickstart (about two minutes)
+# make test   set up .venv, then run all tests
+# make checks lint, types, and the fast tests
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test checks lint clean
+run: .venv/.ready
+	$(BIN)/bigtrain launch configs/quickstart.yaml --restart
+
+test: .venv/.ready
+	$(BIN)/python -m pytest
+
+checks: lint
+	$(BIN)/python -m pytest -m "not cluster"
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# constraints.txt pins what is installed; pyproject.toml says what the package needs.
+.venv/.ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "bigtrain needs Python 3.10 or newer; make PYTHON=python3.12 ... takes another one")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,26 @@
+"""Your own loop, data parallel: `python examples/own_loop.py`, or with several ranks
+`torchrun --nproc-per-node 2 examples/own_loop.py`."""
+
+from pathlib import Path
+
+import torch
+
+import bigtrain
+from bigtrain.models import GPT
+
+mesh = bigtrain.init()  # the ranks that torchrun started, or this process alone
+model = GPT(hidden_size=64, num_layers=2)
+path = bigtrain.parallelize(model, mesh)  # flat buckets, equal replicas, averaged gradients
+optimizer = bigtrain.AdamW(path.segments(), lr=1e-3)
+text = torch.tensor(list(Path(__file__).read_bytes() * 20))
+for step in range(60):
+    start = (step * mesh.dp.degree + mesh.dp.rank) * 8 * 64 % (len(text) - 8 * 64 - 1)
+    tokens, targets = text[start : start + 512], text[start + 1 : start + 513]
+    loss = model(tokens.view(8, 64), targets.view(8, 64))
+    path.backward(loss)  # each bucket is all-reduced as soon as it is ready
+    path.finish()  # now gradients are means over all ranks
+    optimizer.step()
+    path.publish()
+    if mesh.rank == 0 and (step + 1) % 20 == 0:
+        print(f"step {step + 1}  loss {loss.item():.3f}")
+bigtrain.leave()
