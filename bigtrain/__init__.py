@@ -19,18 +19,18 @@ _PUBLIC = {
     "init": "bigtrain.comm.init",
     "leave": "bigtrain.comm.init",
     "load_config": "bigtrain.config.load",
-    "parallelize": "bigtrain.parallelize",
+    "parallelize": "bigtrain.compose",
 }
 
 if TYPE_CHECKING:
     from bigtrain.comm.gradient import GradientPath
     from bigtrain.comm.init import init, leave
     from bigtrain.comm.mesh import Mesh
+    from bigtrain.compose import parallelize
     from bigtrain.config.layout import Layout
-    from bigtrain.config.load import load as load_config
+    from bigtrain.config.load import load_config
     from bigtrain.errors import BigtrainError
     from bigtrain.optim import SGD, AdamW
-    from bigtrain.parallelize import parallelize
     from bigtrain.trainer import Trainer
 
 __all__ = [
@@ -51,6 +51,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'bigtrain' has no attribute {name!r}")
-    value = getattr(import_module(_PUBLIC[name]), "load" if name == "load_config" else name)
-    globals()[name] = value  # a submodule of the same name (parallelize) must not shadow it
-    return value
+    return getattr(import_module(_PUBLIC[name]), name)

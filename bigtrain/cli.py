@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bigtrain.errors import BigtrainError
+
+if TYPE_CHECKING:
+    from bigtrain.config.schema import Config
 
 app = typer.Typer(
     name="bigtrain",
@@ -38,32 +42,36 @@ def launch(
     ] = False,
 ) -> None:
     """Train: start the ranks on this machine and watch over them."""
-    from bigtrain.config.load import load
-    from bigtrain.launch.job import Job, num_local_ranks, num_threads
+    from bigtrain.launch.job import Job
     from bigtrain.launch.local import run_local, stderr_line
+    from bigtrain.machine import threads_per_rank
     from bigtrain.run_folder import open_run
 
     if resume and restart:
         raise BigtrainError("--resume and --restart exclude each other", mend="give one of them")
-    read = load(config, overrides or [])
-    num_ranks = num_local_ranks(read)
-    read = load(config, overrides or [], num_ranks)
+    read, num_ranks = _read(config, overrides)
     folder, lock = open_run(read, resume=resume, restart=restart)
-    job = Job(folder.config, folder.logs, num_ranks, num_threads(read, num_ranks), resume)
+    threads = threads_per_rank(read, num_ranks)
+    job = Job(folder.next_config, folder.logs, num_ranks, threads, resume)
     with lock:
         raise typer.Exit(run_local(job, read.launch.stop_seconds, stderr_line))
+
+
+def _read(path: str, overrides: list[str] | None) -> tuple[Config, int]:
+    """Return the config, checked against the number of ranks that it starts on this machine."""
+    from bigtrain.config.load import load_config
+    from bigtrain.launch.job import num_local_ranks
+
+    num_ranks = num_local_ranks(load_config(path, overrides or []))
+    return load_config(path, overrides or [], num_ranks), num_ranks
 
 
 @app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Tell everything that is wrong with a config, or what it amounts to. Needs no torch."""
     from bigtrain.config.check import layout_of, microbatches_of
-    from bigtrain.config.load import load
-    from bigtrain.launch.job import num_local_ranks
 
-    read = load(config, overrides or [])
-    num_ranks = num_local_ranks(read)
-    read = load(config, overrides or [], num_ranks)
+    read, num_ranks = _read(config, overrides)
     layout = layout_of(read, num_ranks)
     size, count = microbatches_of(read, layout)
     train = read.train
@@ -117,12 +125,25 @@ def ckpt_verify(folder: Annotated[str, typer.Argument(help="a checkpoint, or a r
 
 def main() -> None:
     """Run a verb; errors made for the user have no traceback."""
+    code = 0
     try:
         app()
     except BigtrainError as error:
+        _say(f"error: {error}")
+        code = error.exit_code
+    except KeyboardInterrupt:
+        _say("stopped before any rank was started")
+        code = 130
+    except BrokenPipeError:
+        code = 1
+    try:
         sys.stdout.flush()
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our output, head say, has left
+    except OSError:  # the reader of our output, head say, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    sys.exit(code)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()

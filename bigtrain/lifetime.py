@@ -14,6 +14,8 @@ from types import FrameType
 from bigtrain.errors import BigtrainError, CommError, Stopped
 
 _PR_SET_PDEATHSIG = 1
+_MOST_REPORT_BYTES = 60_000  # a pipe takes 64 KiB without anybody reading
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -27,14 +29,16 @@ class Interrupted(KeyboardInterrupt):
 class StopRequest:
     """Remembers SIGINT or SIGTERM. Outside of the training loop they end the process at once.
 
-    Inside the loop (`finishing = True`) the first one only asks, the second one ends it.
+    Inside the loop (`finishing = True`) the first one only asks, the second one ends it. The
+    launcher starts ranks with these signals blocked; from here on they are heard.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.finishing = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again = self.signal is not None
@@ -50,27 +54,27 @@ def die_with_launcher() -> None:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(launcher):  # it ended before the line above
+        sys.stderr.write("bigtrain: the launcher (BIGTRAIN_LAUNCHER_PID) is gone, so this ends\n")
         os._exit(1)
 
 
+def report_success() -> None:
+    """Tell the launcher, if there is one, that this rank has done all it had to do."""
+    _report({"done": True})
+
+
 def report_failure(error: BaseException) -> int:
-    """Tell the user, or the launcher if there is one, why this rank ends; return its exit code.
+    """Tell the launcher, or the user if there is none, why this rank ends; return its exit code.
 
     Errors made for the user have no traceback; all others do.
     """
     if isinstance(error, KeyboardInterrupt):
         number = getattr(error, "signal_number", signal.SIGINT)
         name = signal.Signals(number).name
-        error = Stopped(number, f"stopped by {name} before the first step or after the last one")
+        error = Stopped(number, f"stopped by {name}; nothing was left to save")
     known = isinstance(error, BigtrainError)
     text = str(error) if known else "".join(traceback.format_exception(error)).rstrip()
     code = error.exit_code if isinstance(error, BigtrainError) else 1
-    target = os.environ.get("BIGTRAIN_ERROR_FILE")
-    sys.stdout.flush()
-    if target is None:
-        rank = os.environ.get("RANK", "0")
-        print(f"error on rank {rank}: {text}" if known else text, file=sys.stderr)  # noqa: T201
-        return code
     record = {
         "text": text,
         "exit_code": code,
@@ -78,7 +82,21 @@ def report_failure(error: BaseException) -> int:
         "orderly": isinstance(error, Stopped),
         "time": time.time(),
     }
-    with open(target + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(record, file)
-    os.replace(target + ".tmp", target)
+    rank = os.environ.get("RANK", "0")
+    if not _report(record):
+        sys.stderr.write((f"error on rank {rank}: {text}" if known else text) + "\n")
     return code
+
+
+def _report(record: dict) -> bool:
+    """Write to the launcher's pipe, which works on a full disk too; False without a launcher."""
+    descriptor = os.environ.get("BIGTRAIN_REPORT_FD")
+    if descriptor is None:
+        return False
+    if "text" in record:
+        record["text"] = record["text"][-_MOST_REPORT_BYTES // 4 :]
+    try:
+        os.write(int(descriptor), json.dumps(record).encode())
+    except (OSError, ValueError):
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -13,25 +14,29 @@ from rich.console import Console
 
 from bigtrain.checkpoint.manifest import checkpoint_name
 from bigtrain.comm.collectives import together
-from bigtrain.comm.init import choose_device, join, leave
+from bigtrain.comm.init import choose_device, join, leave, set_timeout
 from bigtrain.comm.mesh import Mesh
 from bigtrain.comm.world import World, read_world
 from bigtrain.config.check import layout_of
-from bigtrain.config.load import load
+from bigtrain.config.load import load_config
 from bigtrain.config.schema import Config
 from bigtrain.errors import Stopped
 from bigtrain.lifetime import StopRequest
+from bigtrain.machine import threads_per_rank
 from bigtrain.models import GPT, Llama
 from bigtrain.models.generate import generate
 from bigtrain.observe.curve import draw_curve
 from bigtrain.observe.jsonl import JsonLines, forget_after
 from bigtrain.observe.metrics import Metrics
 from bigtrain.observe.progress import make_display, setup_logging
-from bigtrain.observe.records import EvalRecord
-from bigtrain.run_folder import RunFolder, explained_io, open_run
+from bigtrain.observe.records import EvalRecord, StepRecord
+from bigtrain.run_folder import RunFolder, begin, explained_io, open_run
 from bigtrain.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+# Packing data, building models, hashing checkpoints take long; steps have their own timeout.
+START_TIMEOUT_SECONDS = 3600.0
 
 
 def run(
@@ -39,20 +44,19 @@ def run(
 ) -> None:
     """Train as the config says, on this rank; rank 0 also shows, records and draws."""
     world = read_world()
-    console = setup_logging(world.rank)
-    config = load(config_path, overrides, world.world_size)
+    launched = "BIGTRAIN_LAUNCHER_PID" in os.environ
+    console = setup_logging(world.rank, quiet=world.rank > 0 and not launched)
+    config = load_config(config_path, overrides, world.world_size)
     device = choose_device(config.run.device, world)
     _configure_torch(config, world, device)
-    join(world, device, config.parallel.timeout_seconds)
+    join(world, device, START_TIMEOUT_SECONDS)
     mesh = Mesh.build(layout_of(config, world.world_size), world, device)
-    with _run_folder(config, resume, restart, mesh) as folder, explained_io(folder.path):
+    with _run_folder(config, resume, restart, mesh, launched) as folder:
         trainer = Trainer(config, mesh, folder.checkpoints, stop_requested=lambda: stop.signal)
         source = trainer.resume() if resume else None
         _announce(trainer, source, resume)
-        if mesh.rank == 0:
-            for path in folder.samples.glob("*.jsonl"):
-                forget_after(path, trainer.step)
-        together(lambda: None, mesh.world, "start of the loop")
+        together(lambda: _begin(trainer, folder), mesh.world, "start of the loop")
+        set_timeout(mesh, config.parallel.timeout_seconds)
         stop.finishing = True  # from here on, a signal lets the step end and saves first
         validation_loss = _loop(trainer, folder, console)
         stop.finishing = False
@@ -62,10 +66,7 @@ def run(
 
 
 def _configure_torch(config: Config, world: World, device: torch.device) -> None:
-    threads = config.launch.threads_per_rank
-    if threads == "auto":
-        threads = max(1, len(os.sched_getaffinity(0)) // world.local_world_size)
-    torch.set_num_threads(int(threads))
+    torch.set_num_threads(threads_per_rank(config, world.local_world_size))
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -74,13 +75,15 @@ def _configure_torch(config: Config, world: World, device: torch.device) -> None
 
 
 @contextmanager
-def _run_folder(config: Config, resume: bool, restart: bool, mesh: Mesh) -> Iterator[RunFolder]:
+def _run_folder(
+    config: Config, resume: bool, restart: bool, mesh: Mesh, launched: bool
+) -> Iterator[RunFolder]:
     """Hold the run folder: rank 0 opens and locks it, unless `bigtrain launch` has done so."""
     lock = None
 
     def open_it() -> None:
         nonlocal lock
-        if mesh.rank == 0 and "BIGTRAIN_LAUNCHER_PID" not in os.environ:
+        if mesh.rank == 0 and not launched:
             _, lock = open_run(config, resume=resume, restart=restart)
 
     together(open_it, mesh.world, "opening the run folder")
@@ -89,6 +92,16 @@ def _run_folder(config: Config, resume: bool, restart: bool, mesh: Mesh) -> Iter
     finally:
         if lock is not None:
             lock.close()
+
+
+def _begin(trainer: Trainer, folder: RunFolder) -> None:
+    """On rank 0: nothing can refuse this run any more, so what it replaces is replaced."""
+    if trainer.mesh.rank == 0:
+        begin(folder)
+        with explained_io(folder.path):
+            forget_after(folder.metrics, trainer.step)
+            for path in folder.samples.glob("*.jsonl"):
+                forget_after(path, trainer.step)
 
 
 def _announce(trainer: Trainer, source: Path | None, resume: bool) -> None:
@@ -120,8 +133,18 @@ def _loop(trainer: Trainer, folder: RunFolder, console: Console | None) -> float
         Stopped: all ranks agreed to stop; the checkpoint is saved.
     """
     config, rank = trainer.config, trainer.mesh.rank
-    metrics = Metrics(folder.metrics, folder.tensorboard, trainer.step) if rank == 0 else None
-    samples = JsonLines(folder.samples / f"rank-{rank}.jsonl") if config.log.sample_ids else None
+    with explained_io(folder.path):
+        metrics = Metrics(folder.metrics, folder.tensorboard, trainer.step) if rank == 0 else None
+        ids = folder.samples / f"rank-{rank}.jsonl"
+        samples = JsonLines(ids) if config.log.sample_ids else None
+
+    def record_it(record: StepRecord | EvalRecord) -> None:
+        with explained_io(folder.path):
+            if metrics is not None:
+                metrics.add(record)
+            if samples is not None and isinstance(record, StepRecord):
+                samples.add({"step": record.step, "ids": record.sample_ids})
+
     display = make_display(
         console, trainer.step, config.train.steps, config.log.every, trainer.source.unit
     )
@@ -129,22 +152,19 @@ def _loop(trainer: Trainer, folder: RunFolder, console: Console | None) -> float
     try:
         for record in trainer.steps():
             display.step(record)
-            if metrics is not None:
-                metrics.add(record)
-            if samples is not None:
-                samples.add({"step": record.step, "ids": record.sample_ids})
+            record_it(record)
             if _evaluation_is_due(config, record.step) and not trainer.stop_signal:
                 validation_loss = trainer.evaluate()
                 if validation_loss is not None:
                     evaluation = EvalRecord(record.step, validation_loss)
                     display.evaluation(evaluation)
-                    if metrics is not None:
-                        metrics.add(evaluation)
+                    record_it(evaluation)
     finally:
         display.close()
         for file in (metrics, samples):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):  # a full disk was told of when writing
+                    file.close()
     if trainer.stop_signal and trainer.step < config.train.steps:
         raise Stopped(
             trainer.stop_signal,
@@ -176,7 +196,8 @@ def _farewell(trainer: Trainer, folder: RunFolder, validation_loss: float | None
         )
     if config.eval.generate:
         log.info("a sample of the model:\n%s", _indent(_sample(trainer)))
-    draw_curve(folder.metrics, folder.curve, references)
+    with explained_io(folder.path):
+        draw_curve(folder.metrics, folder.curve, references)
     last = trainer.checkpoints / checkpoint_name(trainer.step)
     log.info("checkpoint   %s", last)
     log.info("metrics      %s, %s", folder.metrics, folder.tensorboard)

@@ -27,6 +27,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def next_config(self) -> Path:
+        """The config of a run that has not begun yet; it becomes `config` when it has."""
+        return self.path / "config.next.yaml"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
@@ -52,7 +57,10 @@ class RunFolder:
 
 
 def open_run(config: Config, *, resume: bool, restart: bool) -> tuple[RunFolder, IO[str]]:
-    """Make the run folder ready, write the effective config into it, and return it with its lock.
+    """Make the run folder ready and return it with its lock.
+
+    The effective config is written as `next_config`: it replaces the config of the run only when
+    the run has really begun (`begin`), so that a failed --resume leaves a good one behind.
 
     The lock is an open file: keep it as long as the run lasts; it is freed however the process
     ends. With `restart`, what is there is moved aside first, to `<dir>.old-N`; nothing is deleted.
@@ -78,10 +86,14 @@ def open_run(config: Config, *, resume: bool, restart: bool) -> tuple[RunFolder,
             )
         for part in (folder.logs, folder.checkpoints):
             part.mkdir(exist_ok=True)
-        temporary = folder.config.with_suffix(".tmp")
-        temporary.write_text(dump(config), encoding="utf-8")
-        os.replace(temporary, folder.config)
+        folder.next_config.write_text(dump(config), encoding="utf-8")
     return folder, lock
+
+
+def begin(folder: RunFolder) -> None:
+    """Make the config of the run that has begun the config of the folder."""
+    with explained_io(folder.path):
+        os.replace(folder.next_config, folder.config)
 
 
 @contextlib.contextmanager

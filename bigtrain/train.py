@@ -6,38 +6,40 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 
-from bigtrain.lifetime import StopRequest, die_with_launcher, report_failure
+from bigtrain.lifetime import StopRequest, die_with_launcher, report_failure, report_success
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one rank to its end and return the exit code of the process."""
+    parser = argparse.ArgumentParser(prog="python -m bigtrain.train")
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--restart", action="store_true", help="move an old run aside first")
+    options = parser.parse_intermixed_args(arguments)
     die_with_launcher()
-    stop = StopRequest()
     try:
-        parser = argparse.ArgumentParser(prog="python -m bigtrain.train")
-        parser.add_argument("config", help="YAML file of the run")
-        parser.add_argument("overrides", nargs="*", help="section.key=value")
-        parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-        parser.add_argument("--restart", action="store_true", help="move an old run aside first")
-        options = parser.parse_intermixed_args(arguments)
+        stop = StopRequest()
         from bigtrain.run import run  # imports torch; signals are handled already
 
         run(options.config, options.overrides, options.resume, options.restart, stop)
+        report_success()
         return 0
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:  # also SystemExit of the user's code: nobody leaves silently
         return report_failure(error)
 
 
 def _exit(code: int) -> None:
     """End the process at once: backends may wait at exit for ranks that are gone."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for last_word in (logging.shutdown, sys.stdout.flush, sys.stderr.flush):
+        with contextlib.suppress(OSError, ValueError):
+            last_word()
     os._exit(code)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,22 +20,23 @@ from bigtrain.checkpoint.save import prune, save
 from bigtrain.comm.block import Block, NamedBlock
 from bigtrain.comm.collectives import all_gather_object, all_reduce, start_all_reduce, together
 from bigtrain.comm.mesh import Mesh
+from bigtrain.compose import parallelize
 from bigtrain.config.check import microbatches_of
 from bigtrain.config.schema import Config
 from bigtrain.data.build import DataSource, open_data, prepare_data
 from bigtrain.data.permutation import derive_seed
 from bigtrain.data.stream import TrainStream, rank_positions, seed_everything, validation_batches
 from bigtrain.errors import CheckpointError, DataError, NonFiniteError
-from bigtrain.models.build import build_loss, build_model
+from bigtrain.lifetime import STOP_SIGNALS
+from bigtrain.models.build import build_loss, build_model, evaluating
+from bigtrain.models.dropout import seed_dropout
 from bigtrain.observe.records import StepRecord
 from bigtrain.optim import learning_rate
 from bigtrain.optim.optimizer import build_optimizer
-from bigtrain.parallelize import parallelize
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # in rising order of urgency
 MOST_SKIPS = 10  # skipped updates in a row after which a run is given up
 
 
@@ -106,7 +106,7 @@ class Trainer:
             loss = self.loss_of(self.model, batch)
             count = loss.count if loss.count is not None else nominal / self._num_shares
             seen.append((ids, loss.mean.detach()))
-            totals[0] += loss.mean.detach() * count
+            totals[0] += loss.mean.detach().double() * count
             totals[1] += count
             if last:
                 self._vote(totals[2:])
@@ -114,10 +114,10 @@ class Trainer:
             self.path.backward(loss.mean * (count * self.mesh.dp.degree / nominal), last=last)
         self.path.finish()
         summed.wait()
-        loss_sum, items, *votes = totals.tolist()
+        loss_sum, items, *votes = (totals / self._num_holders).tolist()
 
         # Losses were weighted as if there were `nominal` items; `correction` makes that right.
-        correction = max(items, 1.0) / nominal
+        correction = items / nominal if items > 0 else 1.0
         norm = float(self.path.grad_norm()) / correction
         rate = learning_rate(
             self.config.schedule, self.optimizer.lr, self.step, self.config.train.steps
@@ -133,8 +133,8 @@ class Trainer:
         self.cursor += self.config.train.global_batch
         for number, vote in zip(STOP_SIGNALS, votes, strict=True):
             self.stop_signal = number if vote else self.stop_signal
-        speed = nominal / (time.perf_counter() - begin)
-        mean = loss_sum / max(items, 1.0)
+        speed = items / (time.perf_counter() - begin)
+        mean = loss_sum / items if items > 0 else 0.0
         samples = [int(i) for ids, _ in seen for i in ids]
         return StepRecord(self.step, mean, norm, rate, round(items), speed, not finite, samples)
 
@@ -143,11 +143,17 @@ class Trainer:
         """Into how many microbatches a global batch is cut, over all ranks."""
         return self.num_microbatches * self.mesh.dp.degree
 
+    @property
+    def _num_holders(self) -> int:
+        """How many ranks of the world see the same samples: those that dp does not tell apart."""
+        return self.mesh.world.degree // self.mesh.dp.degree
+
     def _next_microbatch(self, micro: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
         """Return sample ids and batch, and seed what the model will draw for it.
 
-        The seed is that of the microbatch's place in the stream, not of the rank that computes it,
-        so dropout is the same under every layout with the same microbatch size.
+        Seeds belong to places in the stream, not to ranks. Our dropout draws for each sample, so it
+        is the same under every layout; other draws of a user's model are for a microbatch, so they
+        are the same under every layout with the same microbatch size.
         """
         dp, seed = self.mesh.dp, self.config.run.seed
         if self._stream is None:
@@ -163,8 +169,9 @@ class Trainer:
                 pin_memory=self.mesh.device.type == "cuda",
             )
         ids, batch = self._stream.next()
-        place = rank_positions(self.cursor, micro, self.microbatch, dp.rank, dp.degree)[0]
-        seed_everything(derive_seed(seed, 2, int(place)))
+        places = rank_positions(self.cursor, micro, self.microbatch, dp.rank, dp.degree).tolist()
+        seed_dropout(self.model, [derive_seed(seed, 4, place) for place in places])
+        seed_everything(derive_seed(seed, 2, places[0]))
         return ids, self._to_device(batch)
 
     def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -194,10 +201,11 @@ class Trainer:
         All ranks get here together: what they looked at was summed over all of them.
         """
         self.num_skipped += 1
+        self.path.abandon()
         mine = [int(i) for ids, loss in seen if not loss.isfinite() for i in ids[:8]]
         everyone = all_gather_object(mine, self.mesh.world, "search for a NaN")
         guilty = [f"rank {rank} (samples {ids})" for rank, ids in enumerate(everyone) if ids]
-        names = self.path.nonfinite_parameters()
+        names = self.path.nonfinite_parameters(gradients=True)
         what = f"step {self.step + 1}: " + (
             f"the loss on {' and '.join(guilty)} is NaN or infinite"
             if guilty
@@ -209,7 +217,7 @@ class Trainer:
         in_a_row = f"this is number {self.num_skipped} in a row; " if self.num_skipped > 1 else ""
         raise NonFiniteError(
             what,
-            why=in_a_row + "the update was not done, and the last checkpoint is good",
+            why=in_a_row + "the update was not done; checkpoints hold finite parameters only",
             mend="look at those samples, lower optimizer.lr, or set train.on_nonfinite=skip",
         )
 
@@ -223,23 +231,23 @@ class Trainer:
         """
         if not self.config.eval.samples:
             return None
-        self.model.eval()
         dp = self.mesh.dp
         totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        for num_samples, batch in validation_batches(
+        batches = validation_batches(
             self.source.validation,
             self.config.eval.samples,
             seed=self.config.run.seed,
             microbatch=self.microbatch,
             rank=dp.rank,
             degree=dp.degree,
-        ):
-            loss = self.loss_of(self.model, self._to_device(batch))
-            items = num_samples * self.source.items_per_sample
-            count = loss.count if loss.count is not None else items
-            totals += torch.tensor([float(loss.mean) * count, count]).to(totals)
+        )
+        with evaluating(self.model):
+            for num_samples, batch in batches:
+                loss = self.loss_of(self.model, self._to_device(batch))
+                items = num_samples * self.source.items_per_sample
+                count = loss.count if loss.count is not None else items
+                totals += torch.tensor([float(loss.mean) * count, count]).to(totals)
         all_reduce(totals, dp, "all_reduce of the validation loss")
-        self.model.train()
         return float(totals[0] / totals[1])
 
     # -- checkpoints ---------------------------------------------------------------------------
@@ -249,7 +257,9 @@ class Trainer:
 
         Raises:
             CheckpointError: on every rank, if any could not write.
+            NonFiniteError: a parameter is NaN or infinite, and such a checkpoint would be no help.
         """
+        self._refuse_nonfinite()
         state = State(
             step=self.step,
             cursor=self.cursor,
@@ -262,8 +272,18 @@ class Trainer:
         where = save(self.checkpoints, state, list(self._blocks()), self.mesh.world)
         if self.mesh.rank == 0:
             keep = self.config.checkpoint
-            prune(self.checkpoints, keep.keep_last, keep.keep_every)
+            prune(self.checkpoints, self.step, keep.keep_last, keep.keep_every)
         return where
+
+    def _refuse_nonfinite(self) -> None:
+        names = self.path.nonfinite_parameters(gradients=False)
+        everyone = [name for names in all_gather_object(names, self.mesh.world) for name in names]
+        if everyone:
+            raise NonFiniteError(
+                f"after step {self.step}, {', '.join(everyone[:3])} is NaN or infinite",
+                why="the update overflowed; no checkpoint of it was written",
+                mend="lower optimizer.lr, and --resume from the checkpoint before",
+            )
 
     def resume(self) -> Path | None:
         """Take up the newest good checkpoint, of whatever layout; None if there is none.
@@ -295,7 +315,15 @@ class Trainer:
                     why="the samples that are due next would not be those of that run",
                     mend=mend,
                 )
-        load_blocks(where, manifest, self._blocks())
+        blocks = list(self._blocks())
+        left_over = sorted(manifest.tensors.keys() - {block.name for block in blocks})
+        if left_over:
+            raise CheckpointError(
+                f"{where} has {len(left_over)} tensors that this run has not, like {left_over[0]}",
+                why="the checkpoint is of another model or of another optimizer",
+                mend="resume with the config that wrote it (it is in its manifest)",
+            )
+        load_blocks(where, manifest, blocks)
         self.step, self.cursor = state.step, state.cursor
         self.optimizer.num_updates = state.num_updates
         self._stream = None
@@ -309,6 +337,12 @@ class Trainer:
         # What is in no bucket: persistent buffers and frozen parameters, the same on all ranks.
         known = {id(slot.param) for bucket in path.buckets for slot in bucket.slots}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if not isinstance(tensor, torch.Tensor):
+                raise CheckpointError(
+                    f"{name} in the model's state is a {type(tensor).__name__}, not a tensor",
+                    why="checkpoints hold tensors only, so that loading one runs no code",
+                    mend="keep that state in a buffer instead of get_extra_state",
+                )
             if id(tensor) not in known:
                 known.add(id(tensor))
                 shape = tuple(tensor.shape)

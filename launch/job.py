@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bigtrain.config.check import fixed_world_size
 from bigtrain.config.schema import Config
+from bigtrain.machine import num_cores, num_gpus
 
 
 @dataclass(frozen=True)
@@ -26,23 +27,20 @@ class Job:
         """Return the file that keeps all output of `rank`."""
         return self.logs / f"rank-{rank}.log"
 
-    def error(self, rank: int) -> Path:
-        """Return the file in which `rank` says why it failed."""
-        return self.logs / f"rank-{rank}.error.json"
-
     def command(self) -> list[str]:
         """Return the command line, the same for every rank."""
         command = [sys.executable, "-m", "bigtrain.train", str(self.config_path)]
         return [*command, "--resume"] if self.resume else command
 
     def environment(
-        self, rank: int, port: int, store_fd: int, base: Mapping[str, str]
+        self, rank: int, port: int, store_fd: int, report_fd: int, base: Mapping[str, str]
     ) -> dict[str, str]:
         """Return the environment of `rank`: torchrun's names, and what only this launcher sets.
 
-        base: the environment to start from; what the user has set for gloo and OpenMP stays.
+        store_fd: the listening socket of the rendezvous. report_fd: where the rank tells how it
+        ended. base: the environment to start from; what the user has set for gloo and OpenMP stays.
         """
-        environment = {
+        return {
             "OMP_NUM_THREADS": str(self.threads_per_rank),
             # Ranks of one machine talk over loopback, whatever the host name resolves to.
             "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "lo0",
@@ -56,10 +54,9 @@ class Job:
             "MASTER_PORT": str(port),
             "PYTHONUNBUFFERED": "1",
             "BIGTRAIN_STORE_FD": str(store_fd),
-            "BIGTRAIN_ERROR_FILE": str(self.error(rank)),
+            "BIGTRAIN_REPORT_FD": str(report_fd),
             "BIGTRAIN_LAUNCHER_PID": str(os.getpid()),
         }
-        return environment
 
 
 def num_local_ranks(config: Config) -> int:
@@ -69,24 +66,3 @@ def num_local_ranks(config: Config) -> int:
         return fixed
     gpus = 0 if config.run.device == "cpu" else num_gpus(os.environ)
     return gpus or num_cores()
-
-
-def num_threads(config: Config, num_ranks: int) -> int:
-    """Return the compute threads of a rank."""
-    threads = config.launch.threads_per_rank
-    return max(1, num_cores() // num_ranks) if threads == "auto" else int(threads)
-
-
-def num_cores() -> int:
-    """Return the processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def num_gpus(env: Mapping[str, str], driver: Path = Path("/proc/driver/nvidia/gpus")) -> int:
-    """Return the NVIDIA GPUs that are visible, asked of the driver and not of torch."""
-    visible = env.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
-    return len(list(driver.iterdir())) if driver.is_dir() else 0

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bigtrain.errors import BigtrainError, LaunchError
 
@@ -35,14 +36,26 @@ class Rank:
 
     rank: int
     process: subprocess.Popen
+    report_fd: int
     code: int | None = None
     ended_by_us: bool = False
-    report: dict = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
 
-    def send(self, number: int) -> None:
-        """Send a signal to the rank and everything it has started."""
+    def ask(self, number: int) -> None:
+        """Send a signal to the rank alone: its helpers (data loaders) end when it does."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+            self.process.send_signal(number)
+
+    def end(self) -> None:
+        """Kill the rank and everything it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def read_report(self) -> None:
+        """Read what an ended rank has told of its end."""
+        with contextlib.suppress(OSError, json.JSONDecodeError, UnicodeDecodeError):
+            self.report = json.loads(os.read(self.report_fd, 1 << 16))
+        os.close(self.report_fd)
 
 
 def run_local(job: Job, stop_seconds: float, say: Callable[[str], None]) -> int:
@@ -67,7 +80,7 @@ def run_local(job: Job, stop_seconds: float, say: Callable[[str], None]) -> int:
         return _outcome(job, ranks, asked)
     finally:
         for rank in ranks:  # also what a rank has started and left
-            rank.send(signal.SIGKILL)
+            rank.end()
             rank.process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -81,7 +94,7 @@ def _start(job: Job, ranks: list[Rank]) -> ScreenAndFile:
             listener.listen(1024)
             screen = ScreenAndFile(job.log(0))
             for rank in range(job.num_ranks):
-                _start_rank(job, rank, listener, screen, ranks)
+                ranks.append(_start_rank(job, rank, listener, screen))
     except OSError as error:
         raise LaunchError(
             f"could not start rank {len(ranks)} of {job.num_ranks}",
@@ -92,24 +105,26 @@ def _start(job: Job, ranks: list[Rank]) -> ScreenAndFile:
     return screen
 
 
-def _start_rank(
-    job: Job, rank: int, listener: socket.socket, screen: ScreenAndFile, ranks: list[Rank]
-) -> None:
-    job.error(rank).unlink(missing_ok=True)
-    descriptor = listener.fileno()
-    port = listener.getsockname()[1]
-    with open(job.log(rank), "ab") as log:
-        output = screen.write_end if rank == 0 else log
-        process = subprocess.Popen(
-            job.command(),
-            env=job.environment(rank, port, descriptor, os.environ),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=(descriptor,) if rank == 0 else (),
-            start_new_session=True,  # the terminal's Ctrl-C comes to us alone, and we pass it on
-        )
-    ranks.append(Rank(rank, process))
+def _start_rank(job: Job, rank: int, listener: socket.socket, screen: ScreenAndFile) -> Rank:
+    store_fd, port = listener.fileno(), listener.getsockname()[1]
+    report_read, report_write = os.pipe()
+    # A rank begins with these signals blocked, and hears them once it can tell what happened.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        with open(job.log(rank), "ab") as log:
+            process = subprocess.Popen(
+                job.command(),
+                env=job.environment(rank, port, store_fd, report_write, os.environ),
+                stdin=subprocess.DEVNULL,
+                stdout=screen.write_end if rank == 0 else log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(report_write, store_fd) if rank == 0 else (report_write,),
+                start_new_session=True,  # the terminal's Ctrl-C comes to us, and we pass it on
+            )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.close(report_write)
+    return Rank(rank, process, report_read)
 
 
 def _watch(
@@ -119,11 +134,7 @@ def _watch(
     passed_on = 0
     deadline: float | None = None
     while any(rank.code is None for rank in ranks):
-        failed = False
-        for rank in ranks:
-            if rank.code is None:
-                rank.code = rank.process.poll()
-                failed = failed or rank.code not in (None, 0)
+        failed = _collect(ranks, asked)
         running = [rank for rank in ranks if rank.code is None]
         now = time.monotonic()
         if len(asked) > passed_on:
@@ -132,53 +143,70 @@ def _watch(
                 say("stopping: the ranks finish their step and save; once more stops at once")
                 deadline = now + stop_seconds
                 for rank in running:
-                    rank.send(asked[0])
+                    rank.ask(asked[0])
             else:
                 deadline = now
         if failed:
             for rank in running:
                 rank.ended_by_us = True
-                rank.send(signal.SIGTERM)
+                rank.ask(signal.SIGTERM)
             deadline = min(deadline or now + _END_SECONDS, now + _END_SECONDS)
         if deadline is not None and now >= deadline:
             for rank in running:
                 rank.ended_by_us = True
-                rank.send(signal.SIGKILL)
+                rank.end()
         time.sleep(_POLL_SECONDS)
+
+
+def _collect(ranks: list[Rank], asked: list[int]) -> bool:
+    """Note which ranks have ended; return whether one of them has failed.
+
+    A rank that stops because it was asked to has not failed, and one that leaves with exit code 0
+    before its work is done has.
+    """
+    failed = False
+    for rank in ranks:
+        if rank.code is None:
+            rank.code = rank.process.poll()
+            if rank.code is not None:
+                rank.read_report()
+                orderly = bool(asked) and rank.report.get("orderly")
+                failed = failed or not (rank.report.get("done") or orderly)
+    return failed
 
 
 def _outcome(job: Job, ranks: list[Rank], asked: list[int]) -> int:
     """Return 0, or raise the error of the rank that failed first."""
-    for rank in ranks:
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            rank.report = json.loads(job.error(rank.rank).read_text(encoding="utf-8"))
-    failed = [rank for rank in ranks if rank.code != 0]
+    failed = [rank for rank in ranks if rank.code != 0 or not rank.report.get("done")]
     if not failed:
         return 0
     first = min(failed, key=_blame)
-    if asked and first.ended_by_us:
-        raise _failure(
-            128 + asked[0], f"ended by {signal.Signals(asked[0]).name} before it could save"
-        )
+    assert first.code is not None
     if first.report.get("orderly"):
         raise _failure(first.report["exit_code"], first.report["text"])
-    log = job.log(first.rank)
-    assert first.code is not None
-    if first.code < 0 and not first.report:
-        name = signal.Signals(-first.code).name
-        why = {
-            "SIGKILL": "somebody, or the system because memory ran out, killed it",
-            "SIGSEGV": "native code crashed: look for the library in the log",
-            "SIGBUS": "shared memory or disk ran out, or a mapped file was cut",
-        }.get(name, "see its log")
-        text = f"rank {first.rank} was ended by {name}\n  why:  {why}"
-        code = 128 - first.code
-    else:
-        text = f"rank {first.rank} failed: " + (first.report.get("text") or _last_lines(log))
-        code = first.code if first.code > 0 else 1
+    if asked and (first.ended_by_us or (first.code < 0 and not first.report)):
+        name = signal.Signals(asked[0]).name
+        raise _failure(128 + asked[0], f"ended by {name} before a step could be saved")
     others = [rank.rank for rank in failed if rank is not first]
     also = f"\n  (ranks {', '.join(map(str, others))} then ended too)" if others else ""
-    raise _failure(code, f"{text}{also}\n  log:  {log}")
+    code = first.code if first.code >= 0 else 128 - first.code
+    raise _failure(code or 1, f"{_describe(job, first)}{also}\n  log:  {job.log(first.rank)}")
+
+
+def _describe(job: Job, rank: Rank) -> str:
+    if rank.report.get("text"):
+        return f"rank {rank.rank} failed: {rank.report['text']}"
+    assert rank.code is not None
+    if rank.code >= 0:
+        what = f"rank {rank.rank} left with exit code {rank.code} before its work was done"
+        return f"{what}; it printed last:\n{_last_lines(job.log(rank.rank))}"
+    name = signal.Signals(-rank.code).name
+    why = {
+        "SIGKILL": "somebody, or the system because memory ran out, killed it",
+        "SIGSEGV": "native code crashed: look for the library in the log",
+        "SIGBUS": "shared memory or disk ran out, or a mapped file was cut",
+    }.get(name, "see its log")
+    return f"rank {rank.rank} was ended by {name}\n  why:  {why}"
 
 
 def _blame(rank: Rank) -> tuple[int, float]:
@@ -199,8 +227,10 @@ def _blame(rank: Rank) -> tuple[int, float]:
 
 
 def _last_lines(log: Path, count: int = 12) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
-    return "it printed last:\n" + "\n".join(f"    {line}" for line in lines)
+    with contextlib.suppress(OSError):
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
+        return "\n".join(f"    {line}" for line in lines)
+    return "    (its log cannot be read)"
 
 
 def _failure(code: int, text: str) -> BigtrainError:
@@ -210,6 +240,7 @@ def _failure(code: int, text: str) -> BigtrainError:
 
 
 def stderr_line(text: str) -> None:
-    """Write a line to standard error."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    """Write a line to standard error, if anybody is still there to read it."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -48,16 +49,25 @@ class ScreenAndFile:
                 chunk = b""
             if not chunk:
                 break
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.buffer.flush()
+            self._show(chunk)
             *lines, rest = (rest + chunk).split(b"\n")
             self._keep(lines)
         self._keep([rest] if rest else [])
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    # The screen may go away (a closed terminal, `| head`) and the disk may be full. Rank 0 must not
+    # notice: what nobody can read any more is read from it all the same.
+
+    def _show(self, chunk: bytes) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while chunk:
+                chunk = chunk[os.write(sys.stdout.fileno(), chunk) :]
 
     def _keep(self, lines: list[bytes]) -> None:
-        for line in lines:
-            self._file.write(final_text(line) + b"\n")
+        with contextlib.suppress(OSError):
+            for line in lines:
+                self._file.write(final_text(line) + b"\n")
 
 
 def final_text(line: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bigtrain.checkpoint.manifest import (
+    DAMAGED,
     Manifest,
     TensorEntry,
     damaged_files,
@@ -27,8 +29,13 @@ log = logging.getLogger(__name__)
 def find_last_good(folder: Path, world: Axis) -> tuple[Path, Manifest] | None:
     """Return the newest checkpoint whose files are all as they were written, or None.
 
-    Every rank calls this; each verifies a share of the files. Damaged ones are named in the log.
+    Every rank calls this; each verifies a share of the files. Damaged ones that are newer are
+    named in the log and renamed, so that they are not taken for good ones later.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
     """
+    faults: dict[Path, str] = {}
     for _, path in reversed(all_gather_object(list_checkpoints(folder), world)[0]):
         try:
             manifest = read_manifest(path)
@@ -38,17 +45,31 @@ def find_last_good(folder: Path, world: Axis) -> tuple[Path, Manifest] | None:
         everywhere = all_gather_object(damage, world, "verification of a checkpoint")
         all_damage = list(dict.fromkeys(line for lines in everywhere for line in lines))
         if not all_damage:
+            if world.rank == 0:
+                _set_aside(faults)
             return path, manifest
-        if world.rank == 0:
-            log.warning("%s is damaged, using the one before: %s", path, "; ".join(all_damage))
+        faults[path] = "; ".join(all_damage)
+    if faults:
+        raise CheckpointError(
+            f"all checkpoints in {folder} are damaged",
+            why="; ".join(faults.values()),
+            mend="bring back a copy of one, or --restart (which moves this run aside)",
+        )
     return None
+
+
+def _set_aside(faults: dict[Path, str]) -> None:
+    for path, damage in faults.items():
+        log.warning("%s is damaged, using the one before: %s", path, damage)
+        with contextlib.suppress(OSError):  # a read-only folder: it stays, and is named again
+            path.rename(path.with_name(DAMAGED + path.name))
 
 
 def load_blocks(folder: Path, manifest: Manifest, wanted: Iterable[NamedBlock]) -> None:
     """Fill the tensors of `wanted` from the checkpoint in `folder`; nothing is communicated.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape, or a file cannot be read.
+        CheckpointError: a tensor is missing, of another shape, or cannot be read.
     """
     wanted = list(wanted)
     missing = [b.name for b in wanted if b.name not in manifest.tensors]

@@ -7,8 +7,10 @@ A checkpoint is a folder `step-00000100` with one safetensors file per writing r
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from bigtrain.errors import CheckpointError
 FORMAT = "bigtrain-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
+REPLACED = ".replaced"  # ends the name of a good checkpoint that a new one of its step replaces
+DAMAGED = "damaged-"  # begins the name of one that a resume has found damaged
 
 
 class _Entry(BaseModel):
@@ -60,11 +64,19 @@ class State(_Entry):
 
 
 class Manifest(_Entry):
+    """All of a checkpoint but the bytes of its tensors; `digest` covers all other fields."""
+
     format: str = FORMAT
     version: int = VERSION
     state: State
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
+    digest: str = ""
+
+    def compute_digest(self) -> str:
+        """Return the hash of everything but the digest."""
+        content = self.model_dump(exclude={"digest"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def num_bytes(self) -> int:
@@ -99,14 +111,37 @@ def read_manifest(folder: Path) -> Manifest:
         why = str(error).split("\n")[0]
         mend = "use another checkpoint; `bigtrain ckpt list` shows them"
         raise CheckpointError(f"{path} is damaged", why=why, mend=mend) from error
+    if manifest.digest != manifest.compute_digest():
+        raise CheckpointError(
+            f"{path} is damaged",
+            why="its content is another than was written (digest differs)",
+            mend="use another checkpoint; `bigtrain ckpt list` shows them",
+        )
     for name, tensor in manifest.tensors.items():
-        covered = sum(math.prod(block.sizes) for block in tensor.blocks)
-        if covered != math.prod(tensor.shape):
-            raise CheckpointError(
-                f"{path}: {name} has blocks for {covered} of {math.prod(tensor.shape)} elements",
-                mend="use another checkpoint",
-            )
+        fault = _fault(tensor, manifest.files)
+        if fault:
+            raise CheckpointError(f"{path}: {name} {fault}", mend="use another checkpoint")
     return manifest
+
+
+def _fault(tensor: TensorEntry, files: dict[str, FileEntry]) -> str:
+    """Return what is wrong with the blocks of a tensor: they must tile it."""
+    for block in tensor.blocks:
+        if not len(block.offsets) == len(block.sizes) == len(tensor.shape):
+            return "has a block with another number of dims"
+        ends = [o + s for o, s in zip(block.offsets, block.sizes, strict=True)]
+        if min(block.offsets, default=0) < 0 or any(map(int.__gt__, ends, tensor.shape)):
+            return "has a block that reaches beyond it"
+        if block.file not in files:
+            return f"has a block in {block.file}, which is not part of the checkpoint"
+    for one, other in itertools.combinations(tensor.blocks, 2):
+        sides = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+        if math.prod(tensor.shape) and all(a < b + m and b < a + n for a, n, b, m in sides):
+            return "has blocks that overlap"
+    covered = sum(math.prod(block.sizes) for block in tensor.blocks)
+    if covered != math.prod(tensor.shape):
+        return f"has blocks for {covered} of {math.prod(tensor.shape)} elements"
+    return ""
 
 
 def damaged_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> list[str]:
@@ -116,12 +151,15 @@ def damaged_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 
         if index % parts != part:
             continue
         path = folder / name
-        if not path.is_file():
-            damage.append(f"{path} is missing")
-        elif path.stat().st_size != entry.size:
-            damage.append(f"{path} has {path.stat().st_size} bytes instead of {entry.size}")
-        elif sha256_of(path) != entry.sha256:
-            damage.append(f"{path} has another content than was written (sha256 differs)")
+        try:
+            if not path.is_file():
+                damage.append(f"{path} is missing")
+            elif path.stat().st_size != entry.size:
+                damage.append(f"{path} has {path.stat().st_size} bytes instead of {entry.size}")
+            elif sha256_of(path) != entry.sha256:
+                damage.append(f"{path} has another content than was written (sha256 differs)")
+        except OSError as error:
+            damage.append(f"{path} cannot be read: {error.strerror or error}")
     return damage
 
 
@@ -140,10 +178,10 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Return (step, folder) of the published checkpoints in `folder`, oldest first."""
     found = []
     for path in folder.glob("step-*"):
-        step = path.name.removeprefix("step-")
-        if path.is_dir() and step.isdecimal():
-            found.append((int(step), path))
-    return sorted(found)
+        match = re.fullmatch(rf"step-([0-9]+)({re.escape(REPLACED)})?", path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found, key=lambda item: (item[0], REPLACED not in item[1].name))
 
 
 def checkpoint_name(step: int) -> str:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from bigtrain.checkpoint.manifest import (
     MANIFEST,
+    REPLACED,
     BlockEntry,
     FileEntry,
     Manifest,
@@ -52,6 +53,7 @@ def save(folder: Path, state: State, blocks: Sequence[NamedBlock], world: Axis) 
     if not failures and world.rank == 0:
         tensors, files = _merge(records)
         manifest = Manifest(state=state, tensors=tensors, files=files)
+        manifest.digest = manifest.compute_digest()
         failures = _try_publish(hidden, folder / name, manifest)
     failures = all_gather_object(failures, world, "end of a checkpoint")[0]
     if failures:
@@ -71,9 +73,13 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove published checkpoints, but for the last `keep_last` and multiples of `keep_every`."""
-    for step, path in list_checkpoints(folder)[:-keep_last]:
+def prune(folder: Path, newest_step: int, keep_last: int, keep_every: int | None) -> None:
+    """Remove published checkpoints before `newest_step`, which was just saved.
+
+    What stays: the last `keep_last` up to it, and steps that are multiples of `keep_every`.
+    """
+    until_now = [item for item in list_checkpoints(folder) if item[0] <= newest_step]
+    for step, path in until_now[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
             # Renamed first, so that a kill in the middle leaves no half of a published one.
             hidden = path.with_name(f".writing-removed-{path.name}")
@@ -154,20 +160,22 @@ def _merge(
 
 
 def _try_publish(hidden: Path, final: Path, manifest: Manifest) -> list[str]:
+    missing = [name for name in manifest.files if not (hidden / name).is_file()]
+    if missing:
+        return [f"rank 0 does not see {', '.join(missing)}: run.dir must be shared by all nodes"]
     try:
         with open(hidden / MANIFEST, "w", encoding="utf-8") as file:
             file.write(manifest.model_dump_json(indent=1))
             file.flush()
             os.fsync(file.fileno())
         _flush(hidden)
-        if final.exists():  # saved again at the same step: the new one replaces it
-            old = final.with_name(f".writing-replaced-{final.name}")
-            os.rename(final, old)
-            os.rename(hidden, final)
+        old = final.with_name(final.name + REPLACED)
+        if final.exists():  # saved again at the same step: at any moment one of the two is listed
             shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(hidden, final)
+            os.rename(final, old)
+        os.rename(hidden, final)
         _flush(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         return [f"rank 0: {error}"]
     return []

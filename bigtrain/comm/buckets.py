@@ -7,7 +7,7 @@ parameters of one kind (decayed, not decayed) lie side by side, so that a kind i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -51,7 +51,6 @@ class Bucket:
     params: torch.Tensor
     main_params: torch.Tensor
     main_grads: torch.Tensor
-    launched: bool = field(default=False)
 
     @property
     def numel(self) -> int:
@@ -85,6 +84,28 @@ class Segment:
         return self.bucket.main_grads[self.start : self.stop]
 
 
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a model that buckets cannot hold.
+
+    Raises:
+        BigtrainError: nothing to train, or a parameter that is not fp32, bf16 or fp16 on a device.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise BigtrainError(
+            f"{type(model).__name__} has no trainable parameter",
+            why="every parameter has requires_grad=False, or there is none",
+            mend="leave requires_grad on for what is to be trained",
+        )
+    for name, param in trainable:
+        if param.dtype not in (torch.float32, torch.bfloat16, torch.float16) or param.is_meta:
+            raise BigtrainError(
+                f"parameter {name} cannot be trained: dtype {param.dtype}, device {param.device}",
+                why="buckets hold fp32, bf16 or fp16 parameters that exist on a device",
+                mend="convert it (model.float()) or materialize it before parallelize",
+            )
+
+
 def build_buckets(
     model: nn.Module,
     *,
@@ -95,26 +116,10 @@ def build_buckets(
     """Move the trainable parameters of `model` into flat buckets of about `bucket_mb` MiB of fp32.
 
     Buckets follow the reverse order of registration, which is about the order in which backward
-    makes gradients ready. The model computes in `dtype` afterwards. Buckets of one device are
-    filled one after the other, so that at most one of them is held twice.
-
-    Raises:
-        BigtrainError: nothing to train, or a parameter that is no real floating-point tensor.
+    makes gradients ready. The model computes in `dtype` afterwards. Buckets are filled one after
+    the other, so that at most one of them is held twice.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trainable:
-        raise BigtrainError(
-            f"{type(model).__name__} has no trainable parameter",
-            why="every parameter has requires_grad=False, or there is none",
-            mend="leave requires_grad on for what is to be trained",
-        )
-    for name, param in trainable:
-        if not param.is_floating_point() or param.is_meta:
-            raise BigtrainError(
-                f"parameter {name} cannot be trained: dtype {param.dtype}, device {param.device}",
-                why="buckets hold real floating-point parameters that are on a device",
-                mend="convert or materialize it before parallelize",
-            )
     return [
         _fill(index, group, dtype, kind_of)
         for index, group in enumerate(_group(reversed(trainable), bucket_mb))

@@ -6,6 +6,7 @@ this rank. Backends often blame the wrong peer, so their text is quoted as what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,6 +18,12 @@ from bigtrain.comm.mesh import Axis
 from bigtrain.errors import BigtrainError, CommError
 
 T = TypeVar("T")
+
+# What gloo and NCCL say when a peer is gone. Other errors (memory, a wrong dtype) are not about it.
+_LOST_PEER = re.compile(
+    r"connection|closed by peer|reset by peer|broken pipe|socket|nccl|aborted|remote|gloo.*peer",
+    re.IGNORECASE,
+)
 
 
 class Pending:
@@ -44,6 +51,7 @@ def all_reduce(tensor: torch.Tensor, axis: Axis, what: str = "all_reduce") -> No
 
 def start_all_reduce(tensor: torch.Tensor, axis: Axis, what: str = "all_reduce") -> Pending:
     """Begin to replace `tensor` by its sum over `axis`; it must not be touched before `wait`."""
+    assert tensor.is_contiguous()
     if axis.group is None:
         return Pending(None, what, axis)
     with _explained(what, axis):
@@ -51,10 +59,14 @@ def start_all_reduce(tensor: torch.Tensor, axis: Axis, what: str = "all_reduce")
 
 
 def broadcast(tensor: torch.Tensor, axis: Axis, what: str = "broadcast") -> None:
-    """Replace `tensor` by the one of the first rank of `axis`."""
-    if axis.group is not None:
+    """Replace `tensor` by the one of the first rank of `axis`; any strides will do."""
+    if axis.group is not None and tensor.numel():
+        # Backends copy raw memory, so what is not contiguous goes through a copy that is.
+        dense = tensor.detach().contiguous()
         with _explained(what, axis):
-            dist.broadcast(tensor, src=axis.ranks[0], group=axis.group)
+            dist.broadcast(dense, src=axis.ranks[0], group=axis.group)
+        if dense.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(dense)
 
 
 def all_gather_object(value: Any, axis: Axis, what: str = "all_gather_object") -> list[Any]:
@@ -74,6 +86,8 @@ def _explained(what: str, axis: Axis) -> Iterator[None]:
     except RuntimeError as error:
         text = str(error).strip().split("\n")[0]
         timed_out = "timed out" in text.lower() or "timeout" in text.lower()
+        if not (timed_out or isinstance(error, dist.DistError) or _LOST_PEER.search(text)):
+            raise
         raise CommError(
             f"{what} over axis {axis.name} (ranks {', '.join(map(str, axis.ranks))}) failed "
             f"on rank {axis.ranks[axis.rank]}",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -23,10 +24,10 @@ from bigtrain.errors import BigtrainError
 
 
 class _State(enum.Enum):
-    IDLE = "before the first backward of a step"
+    IDLE = "no backward has run in this step"
     ACCUMULATING = "microbatches are being added up"
-    LAST = "inside or after the last backward; buckets leave as they become ready"
-    REDUCED = "finish() returned; gradients are means over the axis"
+    LAST = "the last backward has run; buckets may be on the wire"
+    REDUCED = "the step is finished already"
 
 
 class GradientPath:
@@ -37,14 +38,14 @@ class GradientPath:
     """
 
     def __init__(self, model: nn.Module, buckets: list[Bucket], sync: GradientSync) -> None:
+        self.model = model
         self.buckets = buckets
         self.sync = sync
         self._state = _State.IDLE
         self._in_backward = False
         self._next = 0  # buckets before this one were handed to sync
         self._missing = [0] * len(buckets)  # slots of each bucket that the last microbatch owes
-        self._buffers = _persistent_float_buffers(model)
-        self._frozen = [p.data for p in model.parameters() if not p.requires_grad]
+        self._published: list[torch.Tensor] = []  # copies of the buffers, to go back to
         for bucket in buckets:
             for slot in bucket.slots:
                 slot.param.register_post_accumulate_grad_hook(
@@ -57,9 +58,12 @@ class GradientPath:
             broadcast(bucket.main_params, self.sync.axis, f"broadcast of bucket {bucket.index}")
             if bucket.params is not bucket.main_params:
                 bucket.params.copy_(bucket.main_params)
-        for tensor in self._frozen:
-            broadcast(tensor, self.sync.axis, "broadcast of a frozen parameter")
-        self._broadcast_buffers()
+        for param in self.model.parameters():
+            if not param.requires_grad:
+                broadcast(param, self.sync.axis, "broadcast of a frozen parameter")
+        self._equalize_buffers()
+
+    # -- a step --------------------------------------------------------------------------------
 
     def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
         """Add the gradient of `loss` (a scalar, this rank's mean) to the step's.
@@ -70,6 +74,17 @@ class GradientPath:
         Raises:
             BigtrainError: a second last backward in one step.
             CommError: a collective could not be started.
+        """
+        with self.microbatch(last=last):
+            degree = self.sync.axis.degree
+            (loss / degree if degree > 1 else loss).backward()
+
+    @contextmanager
+    def microbatch(self, *, last: bool) -> Iterator[None]:
+        """Collect the gradients of whatever backward passes run inside, undivided.
+
+        Raises:
+            BigtrainError: the last microbatch of the step is over.
         """
         if self._state in (_State.IDLE, _State.REDUCED):
             self._begin_step()
@@ -82,13 +97,14 @@ class GradientPath:
         self._state = _State.LAST if last else _State.ACCUMULATING
         self._in_backward = True
         try:
-            degree = self.sync.axis.degree
-            (loss / degree if degree > 1 else loss).backward()
+            yield
         finally:
             self._in_backward = False
 
     def finish(self) -> None:
-        """Return when every gradient is its mean over the axis; `param.grad` shows it.
+        """Return when every gradient is its mean over the axis.
+
+        With an fp32 model `param.grad` shows it; otherwise only the fp32 main gradients have it.
 
         Raises:
             CommError: a rank died or did not come in time.
@@ -109,10 +125,22 @@ class GradientPath:
                     slot.param.grad = slot.view(bucket.main_grads)
 
     def publish(self) -> None:
-        """Bring the updated parameters back to every rank of the axis."""
+        """Bring the updated parameters, and the first rank's buffers, to every rank of the axis."""
         for bucket in self.buckets:
             self.sync.publish(bucket)
-        self._broadcast_buffers()
+        self._equalize_buffers()
+
+    def abandon(self) -> None:
+        """Forget the step under way: no gradients, and buffers as they were last published.
+
+        For a step that must not count (a NaN), or whose backward raised; on all ranks alike.
+        """
+        self.sync.finish()
+        self._state = _State.IDLE
+        for buffer, before in zip(self._buffers(), self._published, strict=True):
+            buffer.copy_(before)
+
+    # -- what others ask -----------------------------------------------------------------------
 
     def segments(self) -> list[Segment]:
         """Return what this rank's optimizer updates: flat stretches of one kind."""
@@ -121,36 +149,37 @@ class GradientPath:
     def grad_norm(self) -> torch.Tensor:
         """Return the 2-norm of the finished gradient over all parameters, a scalar."""
         norms = [torch.linalg.vector_norm(segment.main_grads) for segment in self.segments()]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        return self.sync.sum_over_owners(torch.stack(norms).square().sum()).sqrt()
 
-    def nonfinite_parameters(self) -> list[str]:
-        """Return the names of parameters whose finished gradient has a NaN or an infinity."""
+    def nonfinite_parameters(self, *, gradients: bool) -> list[str]:
+        """Return the names of parameters with a NaN or an infinity, in the gradient or itself."""
         return [
             slot.name
             for bucket in self.buckets
+            for flat in [bucket.main_grads if gradients else bucket.main_params]
+            if not flat.isfinite().all()
             for slot in bucket.slots
-            if not slot.view(bucket.main_grads).isfinite().all()
+            if not slot.view(flat).isfinite().all()
         ]
 
     def blocks(self, prefix: str, flats: list[torch.Tensor]) -> Iterator[NamedBlock]:
         """Yield one flat tensor per segment (as `segments()` lists them) as named blocks."""
-        axis = self.sync.axis
         for segment, flat in zip(self.segments(), flats, strict=True):
-            whole = segment.stop - segment.start
-            assert flat.numel() == whole
+            assert flat.numel() == segment.stop - segment.start
             for slot in segment.bucket.slots:
                 start, stop = max(slot.start, segment.start), min(slot.stop, segment.stop)
                 if slot.kind != segment.kind or start >= stop:
                     continue
                 block = Block.rows(slot.param.shape, start - slot.start, stop - slot.start)
                 part = flat[start - segment.start : stop - segment.start].view(block.sizes)
-                shape = tuple(slot.param.shape)
-                yield NamedBlock(prefix + slot.name, shape, block, part, axis.rank, axis.degree)
+                name, shape = prefix + slot.name, tuple(slot.param.shape)
+                yield NamedBlock(name, shape, block, part, *self.sync.replica())
+
+    # -- inside --------------------------------------------------------------------------------
 
     def _begin_step(self) -> None:
         self._next = 0
         for bucket in self.buckets:
-            bucket.launched = False
             self._missing[bucket.index] = len(bucket.slots)
             for slot in bucket.slots:
                 slot.touched = slot.ready = False
@@ -164,15 +193,16 @@ class GradientPath:
                 why="loss.backward() neither averages over ranks nor reduces buckets",
                 mend="call backward(loss) of what parallelize() returned",
             )
-        if bucket.launched:
+        if bucket.index < self._next:
             raise BigtrainError(
                 f"the gradient of {slot.name} arrived twice in the last backward",
-                why="its bucket is on the wire already",
-                mend="run re-entrant backward passes (old-style checkpointing) with last=False",
+                why="its bucket is on the wire already; re-entrant backward passes do this",
+                mend="use torch.utils.checkpoint with use_reentrant=False",
             )
         assert param.grad is not None
+        grad = param.grad.to_dense() if param.grad.is_sparse else param.grad
         view = slot.view(bucket.main_grads)
-        view.add_(param.grad) if slot.touched else view.copy_(param.grad)
+        view.add_(grad) if slot.touched else view.copy_(grad)
         slot.touched = True
         param.grad = None
         if self._state is _State.LAST and not slot.ready:
@@ -185,16 +215,24 @@ class GradientPath:
         for slot in bucket.slots:
             if not slot.touched:
                 slot.view(bucket.main_grads).zero_()
-        bucket.launched = True
         self._next = bucket.index + 1
         self.sync.reduce(bucket)
 
-    def _broadcast_buffers(self) -> None:
-        for buffer in self._buffers:
-            broadcast(buffer, self.sync.axis, "broadcast of a buffer")
+    def _buffers(self) -> list[torch.Tensor]:
+        """Return what training may change besides parameters: the buffers that are saved.
 
+        Looked up each time, since a module may put a new tensor in a buffer's place.
+        """
+        saved = self.model.state_dict(keep_vars=True)
+        return [buffer for name, buffer in self.model.named_buffers() if name in saved]
 
-def _persistent_float_buffers(model: nn.Module) -> list[torch.Tensor]:
-    """Return what training changes besides parameters (running statistics of a BatchNorm, say)."""
-    saved = model.state_dict(keep_vars=True)
-    return [b for name, b in model.named_buffers() if name in saved and b.is_floating_point()]
+    def _equalize_buffers(self) -> None:
+        """Give every rank the buffers of the first rank: one broadcast per dtype."""
+        buffers = self._buffers()
+        for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
+            same = [buffer for buffer in buffers if buffer.dtype == dtype]
+            flat = torch.cat([buffer.reshape(-1) for buffer in same])
+            broadcast(flat, self.sync.axis, "broadcast of the buffers")
+            for buffer, part in zip(same, flat.split([b.numel() for b in same]), strict=True):
+                buffer.copy_(part.view(buffer.shape))
+        self._published = [buffer.clone() for buffer in buffers]

@@ -7,6 +7,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from bigtrain.comm.mesh import Mesh
 from bigtrain.comm.world import World, read_world
@@ -71,6 +72,13 @@ def join(world: World, device: torch.device, timeout_seconds: float) -> None:
             why=str(error).strip().split("\n")[0],
             mend="see whether every rank started (logs/rank-*.log) and that address is reachable",
         ) from error
+
+
+def set_timeout(mesh: Mesh, seconds: float) -> None:
+    """Bound every later wait in the groups of `mesh`."""
+    for axis in (mesh.world, mesh.pp, mesh.dp, mesh.cp, mesh.tp):
+        if axis.group is not None:
+            distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), axis.group)
 
 
 def _local_store(world: World, timeout: datetime.timedelta) -> dist.Store | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
+
 from bigtrain.comm.buckets import Bucket
 from bigtrain.comm.collectives import Pending, start_all_reduce
 from bigtrain.comm.mesh import Axis
@@ -32,6 +34,12 @@ class GradientSync(Protocol):
 
     def publish(self, bucket: Bucket) -> None:
         """Give every rank of the axis the new `bucket.params`, from the owners' main parameters."""
+
+    def replica(self) -> tuple[int, int]:
+        """Return (number of this rank, how many) among the ranks that own the same elements."""
+
+    def sum_over_owners(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the sum over the axis of what each owner computed from the elements it owns."""
 
 
 class Replicated:
@@ -60,3 +68,9 @@ class Replicated:
     def publish(self, bucket: Bucket) -> None:
         if bucket.params is not bucket.main_params:
             bucket.params.copy_(bucket.main_params)
+
+    def replica(self) -> tuple[int, int]:
+        return self.axis.rank, self.axis.degree
+
+    def sum_over_owners(self, value: torch.Tensor) -> torch.Tensor:
+        return value  # everyone owns everything, and has computed it

@@ -6,6 +6,7 @@ everything; the loader adds file and line from the keys that a problem names.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
@@ -24,10 +25,10 @@ def check(config: Config, world_size: int | None = None) -> list[Problem]:
 def fixed_world_size(config: Config) -> int | None:
     """Return how many ranks the config itself asks for, or None where it leaves that open."""
     parallel = config.parallel
-    if parallel.dp != "auto":
-        return math.prod((parallel.pp, int(parallel.dp), parallel.cp, parallel.tp))
     if config.launch.processes != "auto":
         return int(config.launch.processes)
+    if parallel.dp != "auto":
+        return math.prod((parallel.pp, int(parallel.dp), parallel.cp, parallel.tp))
     return None
 
 
@@ -57,16 +58,13 @@ def _axes_that_exist(config: Config, world_size: int | None) -> Iterator[Problem
 
 def _world(config: Config, world_size: int | None) -> Iterator[Problem]:
     keys = ("parallel.dp", "launch.processes", "parallel.tp", "parallel.cp", "parallel.pp")
-    asked = config.launch.processes
-    worlds = [] if asked == "auto" else [int(asked)]
-    if world_size is not None:
-        worlds.append(world_size)
-    for world in dict.fromkeys(worlds):
-        try:
-            layout_of(config, world)
-        except BigtrainError as error:
-            problem = error.problem
-            yield Problem(problem.what, problem.why, problem.mend, keys=keys)
+    world = world_size or fixed_world_size(config)
+    if world is None:
+        return
+    try:
+        layout_of(config, world)
+    except BigtrainError as error:
+        yield dataclasses.replace(error.problem, keys=keys)
 
 
 def _batch(config: Config, world_size: int | None) -> Iterator[Problem]:
@@ -167,14 +165,7 @@ def _generate(config: Config, world_size: int | None) -> Iterator[Problem]:
 
 def _schedule(config: Config, world_size: int | None) -> Iterator[Problem]:
     schedule, steps = config.schedule, config.train.steps
-    if schedule.warmup_steps > steps:
-        yield Problem(
-            f"schedule.warmup_steps = {schedule.warmup_steps} is longer than train.steps = {steps}",
-            why="the learning rate would never reach its peak",
-            mend=f"set schedule.warmup_steps to at most {steps}",
-            keys=("schedule.warmup_steps", "train.steps"),
-        )
-    elif schedule.decay_steps and schedule.kind != "wsd":
+    if schedule.decay_steps and schedule.kind != "wsd":
         yield Problem(
             f"schedule.decay_steps has no meaning for schedule.kind = {schedule.kind}",
             why="only wsd has a decay of its own length; the others decay over the whole run",
@@ -186,7 +177,7 @@ def _schedule(config: Config, world_size: int | None) -> Iterator[Problem]:
             f"schedule: {schedule.warmup_steps} warm-up + {schedule.decay_steps} decay steps are "
             f"more than train.steps = {steps}",
             why="warm-up and decay must both fit into the run",
-            mend=f"set schedule.decay_steps to at most {steps - schedule.warmup_steps}",
+            mend="shorten schedule.warmup_steps or schedule.decay_steps",
             keys=("schedule.decay_steps", "schedule.warmup_steps", "train.steps"),
         )
 

@@ -17,11 +17,13 @@ from pydantic_core import ErrorDetails
 
 from bigtrain.config.check import check
 from bigtrain.config.schema import VARIANTS, Config, Section
-from bigtrain.config.yaml_tree import Key, Tree, parse_value, read_file
+from bigtrain.config.yaml_tree import Key, Tree, read_file, read_value
 from bigtrain.errors import ConfigError, Problem
 
+_DEFAULT_KINDS = {section: next(iter(kinds)) for section, kinds in VARIANTS.items()}
 
-def load(path: str, overrides: Sequence[str] = (), world_size: int | None = None) -> Config:
+
+def load_config(path: str, overrides: Sequence[str] = (), world_size: int | None = None) -> Config:
     """Return the config in the YAML file at `path` with dotted `overrides` ("train.steps=20").
 
     `world_size`, where the number of ranks is known, is checked against the degrees.
@@ -54,7 +56,8 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> Tree:
     parent = over.values.pop("extends")
     problem = None
     if not isinstance(parent, str):
-        problem = Problem("extends takes the path of one YAML file", where=where, mend="see docs")
+        mend = "write it like `extends: quickstart.yaml`"
+        problem = Problem("extends takes the path of one YAML file", where=where, mend=mend)
     elif (path.parent / parent).resolve() in (path.resolve(), *seen):
         problem = Problem(
             f"extends: {parent} leads back to this file",
@@ -77,13 +80,14 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> Tree:
         )
         return over
     tree = _read_chain(base_path, (*seen, path.resolve()))
-    tree.merge(over)
+    tree.merge(over, _DEFAULT_KINDS)
     return tree
 
 
 def _apply_overrides(tree: Tree, overrides: Sequence[str]) -> list[Problem]:
     problems = []
-    for text in overrides:
+    # A kind decides which keys there are, so kinds come first, wherever they stand.
+    for text in sorted(overrides, key=lambda text: not _chooses_kind(text.partition("=")[0])):
         place = f"command line: {text}"
         dotted, equals, value_text = text.partition("=")
         key = tuple(dotted.split("."))
@@ -96,18 +100,20 @@ def _apply_overrides(tree: Tree, overrides: Sequence[str]) -> list[Problem]:
                 )
             )
             continue
-        try:
-            value = parse_value(value_text)
-        except yaml.YAMLError:
-            mend = "quote it for the shell and for YAML, like run.dir='\"a: b\"'"
-            problems.append(Problem("the value is not valid YAML", where=place, mend=mend))
+        value, faults = read_value(value_text, place)
+        if faults:
+            problems += faults
             continue
-        if key[1:] in (("kind",), ("factory",)):
+        if _chooses_kind(dotted):
             over = Tree({key[0]: {key[1]: value}}, {key[:1]: place, key: place})
-            tree.merge(over)
+            tree.merge(over, _DEFAULT_KINDS)
         else:
             tree.set(key, value, place)
     return problems
+
+
+def _chooses_kind(dotted: str) -> bool:
+    return dotted.partition(".")[2] in ("kind", "factory")
 
 
 def _validate(tree: Tree, world_size: int | None) -> tuple[Config | None, list[Problem]]:

@@ -38,12 +38,16 @@ class Section(BaseModel):
     """A section of the config: strict types, no unknown keys, immutable once read."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
 class RunSection(Section):
-    dir: str = "runs/default"
+    dir: Annotated[str, Field(min_length=1)] = "runs/default"
     """Folder of the run: effective config, logs, metrics, checkpoints."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """Every random number of the run is a function of this."""
@@ -268,7 +272,10 @@ class LaunchSection(Section):
 def _kind_or_factory(default: str) -> Discriminator:
     def choose(value: Any) -> str:
         if isinstance(value, dict):
-            return "factory" if "factory" in value else str(value.get("kind", default))
+            kind = str(value.get("kind", default))
+            if "factory" in value:
+                return "factory"
+            return "(none of them)" if kind == "factory" else kind
         return "factory" if isinstance(value, FactoryCall) else str(getattr(value, "kind", default))
 
     return Discriminator(choose)

@@ -6,7 +6,9 @@ people mean. Duplicate keys are problems, never silently the last one.
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,15 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
     )
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    """Return 010 as ten and 0o10 as eight, as YAML 1.2 has it."""
+    text = str(loader.construct_scalar(node))
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 # The empty scalar is looked up under "".
 _Loader.yaml_implicit_resolvers.setdefault("", []).append(
     ("tag:yaml.org,2002:null", re.compile(r"^$"))
@@ -70,15 +81,18 @@ class Tree:
         }
         self.places[tuple(key)] = place
 
-    def merge(self, over: Tree) -> None:
+    def merge(self, over: Tree, default_kinds: Mapping[str, str]) -> None:
         """Lay `over` on top: sections merge key by key, everything else is replaced.
 
         A section whose alternative changes (another `kind`, or a `factory`) is replaced whole:
-        the keys of a gpt mean nothing to a llama.
+        the keys of a gpt mean nothing to a llama. `default_kinds` tells what a section is whose
+        `kind` nobody wrote.
         """
         for name, value in over.values.items():
             mine = self.values.get(name)
-            if isinstance(mine, dict) and isinstance(value, dict) and _same_variant(mine, value):
+            default = default_kinds.get(name)
+            sections = isinstance(mine, dict) and isinstance(value, dict)
+            if sections and _same_variant(mine or {}, value, default):
                 for key, item in value.items():
                     self.set((name, key), item, "")
             else:
@@ -88,10 +102,10 @@ class Tree:
         self.problems += over.problems
 
 
-def _same_variant(mine: dict, over: dict) -> bool:
+def _same_variant(mine: dict, over: dict, default: str | None) -> bool:
     if "factory" in over or "factory" in mine:
         return "kind" not in over and ("factory" in over) <= ("factory" in mine)
-    return "kind" not in over or over["kind"] == mine.get("kind")
+    return "kind" not in over or over["kind"] == mine.get("kind", default)
 
 
 def read_tree(text: str, source: str) -> Tree:
@@ -122,7 +136,7 @@ def read_tree(text: str, source: str) -> Tree:
             )
         )
         return tree
-    tree.values = _convert(node, (), source, tree)
+    tree.values = _convert(node, (), source, tree, ())
     # `train:` with nothing below it is an empty section (all its keys are commented out).
     tree.values = {k: {} if v is None and k != "extends" else v for k, v in tree.values.items()}
     return tree
@@ -142,24 +156,35 @@ def read_file(path: Path) -> Tree:
         return Tree(problems=[problem])
 
 
-def parse_value(text: str) -> Any:
-    """Return the value that `text` has in YAML, as on the right of `key: `.
+def read_value(text: str, source: str) -> tuple[Any, list[Problem]]:
+    """Return the value that `text` has in YAML, as on the right of `key: `, and what is wrong."""
+    tree = Tree()
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError:
+        mend = "quote it for the shell and for YAML, like run.dir='\"a: b\"'"
+        return None, [Problem("the value is not valid YAML", where=source, mend=mend)]
+    value = None if node is None else _convert(node, (), "", tree, ())
+    return value, [dataclasses.replace(problem, where=source) for problem in tree.problems]
 
-    Raises:
-        yaml.YAMLError: the text is not one YAML value.
-    """
-    return yaml.load(text, Loader=_Loader)
 
-
-def _convert(node: yaml.Node, key: Key, source: str, tree: Tree) -> Any:
+def _convert(
+    node: yaml.Node, key: Key, source: str, tree: Tree, around: tuple[yaml.Node, ...]
+) -> Any:
+    """Return the plain value of a node; `around` are the nodes that it is inside of."""
+    if any(node is outer for outer in around):
+        what, mend = "this alias leads back into itself", "remove the anchor and write values"
+        tree.problems.append(Problem(what, mend=mend, where=_place(node, source)))
+        return None
+    around = (*around, node)
     if isinstance(node, yaml.MappingNode):
-        return _convert_mapping(node, key, source, tree)
+        return _convert_mapping(node, key, source, tree, around)
     if isinstance(node, yaml.SequenceNode):
         items = []
         for index, child in enumerate(node.value):
             item = (*key, index)
             tree.places[item] = _place(child, source)
-            items.append(_convert(child, item, source, tree))
+            items.append(_convert(child, item, source, tree, around))
         return items
     try:
         return _Loader("").construct_object(node)
@@ -172,7 +197,9 @@ def _convert(node: yaml.Node, key: Key, source: str, tree: Tree) -> Any:
         return None
 
 
-def _convert_mapping(node: yaml.MappingNode, key: Key, source: str, tree: Tree) -> dict[str, Any]:
+def _convert_mapping(
+    node: yaml.MappingNode, key: Key, source: str, tree: Tree, around: tuple[yaml.Node, ...]
+) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name_node, child in node.value:
         name = str(name_node.value)
@@ -190,7 +217,7 @@ def _convert_mapping(node: yaml.MappingNode, key: Key, source: str, tree: Tree) 
             )
             continue
         tree.places[full] = where
-        values[name] = _convert(child, full, source, tree)
+        values[name] = _convert(child, full, source, tree, around)
     return values
 
 

@@ -116,10 +116,12 @@ def validation_batches(
 
 
 def _fetch(dataset: Any, indices: list[int], seeds: list[int]) -> Any:
-    """Return samples, or a whole batch from a dataset that can give one; seed the draws of each."""
-    if hasattr(dataset, "__getitems__"):
-        seed_everything(seeds[0])
-        return dataset.__getitems__(indices)
+    """Return samples, each with its draws seeded, or the batch of a dataset that draws nothing.
+
+    A dataset says that it draws nothing by having `batch(indices)`.
+    """
+    if hasattr(dataset, "batch"):
+        return dataset.batch(indices)
     samples = []
     for index, seed in zip(indices, seeds, strict=True):
         seed_everything(seed)
@@ -128,7 +130,7 @@ def _fetch(dataset: Any, indices: list[int], seeds: list[int]) -> Any:
 
 
 def _collate(samples: Any) -> dict[str, torch.Tensor]:
-    """Stack samples; a dataset with `__getitems__` may have given a batch already."""
+    """Stack samples, unless the dataset has done so."""
     batch = samples if isinstance(samples, dict) else default_collate(samples)
     if not isinstance(batch, dict):
         raise DataError(

@@ -51,7 +51,7 @@ def fingerprint(tokens: np.ndarray) -> str:
 class TokenDataset(torch.utils.data.Dataset):
     """Sample i is tokens [i*T, i*T + T) and, one further on, their targets; windows do not overlap.
 
-    Items are {"tokens": [T] int64, "targets": [T] int64}; `__getitems__` gives whole batches.
+    Items are {"tokens": [T] int64, "targets": [T] int64}; `batch` gives many at once.
     """
 
     def __init__(
@@ -70,10 +70,11 @@ class TokenDataset(torch.utils.data.Dataset):
         return (len(self.tokens) - 1) // self.seq_len
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        batch = self.__getitems__([index])
+        batch = self.batch([index])
         return {name: tensor[0] for name, tensor in batch.items()}
 
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+    def batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """Return samples stacked along a new first dim."""
         length = self.seq_len
         windows = np.stack([self.tokens[i * length : i * length + length + 1] for i in indices])
         if self.vocab_size is not None and windows.max() >= self.vocab_size:

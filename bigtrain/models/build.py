@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,8 +36,22 @@ class Loss:
                 why="the loss of a batch is a scalar tensor, or (scalar tensor, count)",
                 mend="return the mean loss of the batch, or set model.loss to a function that does",
             )
-        self.mean: torch.Tensor = mean.reshape(())
         self.count: float | None = None if count is None else float(count)
+        # Of no items (all of them masked) there is no mean; they take no part in the step.
+        nothing = torch.zeros((), device=mean.device, requires_grad=True)
+        self.mean: torch.Tensor = nothing if self.count == 0 else mean.reshape(())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` into evaluation mode, and every module back into the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def build_model(config: GptModel | LlamaModel | FactoryModel) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from bigtrain.models.build import evaluating
 from bigtrain.models.gpt import GPT
 from bigtrain.models.llama import Llama
 
@@ -22,15 +23,12 @@ def generate(
     Each token is drawn from softmax(logits / temperature) of the last max_seq_len tokens, by a
     generator of its own, so that neither the draw nor training depends on the other.
     """
-    training = model.training
-    model.eval()
     draw = torch.Generator().manual_seed(seed)
     tokens = prompt
-    for _ in range(num_tokens):
-        logits = model(tokens[None, -model.max_seq_len :])[0, -1].float().cpu()
-        chances = torch.softmax(logits / temperature, dim=-1)
-        tokens = torch.cat(
-            (tokens, torch.multinomial(chances, 1, generator=draw).to(tokens.device))
-        )
-    model.train(training)
+    with evaluating(model):
+        for _ in range(num_tokens):
+            logits = model(tokens[None, -model.max_seq_len :])[0, -1].float().cpu()
+            chances = torch.softmax(logits / temperature, dim=-1)
+            token = torch.multinomial(chances, 1, generator=draw)
+            tokens = torch.cat((tokens, token.to(tokens.device)))
     return tokens

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bigtrain.models.dropout import Dropout
 from bigtrain.models.loss import next_token_loss
 
 
@@ -50,7 +51,7 @@ class Block(nn.Module):
         self.attention = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size)
         self.mlp = MLP(hidden_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.dropout(self.attention(self.norm1(x)))
@@ -78,7 +79,7 @@ class GPT(nn.Module):
         self.max_seq_len = max_seq_len
         self.token_embedding = nn.Embedding(vocab_size, hidden_size)
         self.position_embedding = nn.Embedding(max_seq_len, hidden_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, dropout) for _ in range(num_layers)
         )

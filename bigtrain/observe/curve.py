@@ -12,8 +12,10 @@ def draw_curve(metrics: Path, target: Path, references: dict[str, float]) -> Non
     from matplotlib.figure import Figure  # slow to import, and needed once
 
     lines = read_lines(metrics)
-    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    held_out = [(x["step"], x["validation_loss"]) for x in lines if "validation_loss" in x]
+    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    held_out = [
+        (x["step"], x["validation_loss"]) for x in lines if x.get("validation_loss") is not None
+    ]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     if train:

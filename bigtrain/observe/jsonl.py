@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ class JsonLines:
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  see close()
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append one record."""
-        self._file.write(json.dumps(record) + "\n")
+        """Append one record; a NaN or an infinity, which JSON does not have, becomes null."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps(finite) + "\n")
 
     def close(self) -> None:
         """Close the file."""

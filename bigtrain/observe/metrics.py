@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bigtrain.observe.jsonl import JsonLines, forget_after
+from bigtrain.observe.jsonl import JsonLines
 from bigtrain.observe.records import EvalRecord, StepRecord
 
 if TYPE_CHECKING:
@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
 
 class Metrics:
-    """Appends records; on resume, forgets what came after the step that is resumed from."""
+    """Appends records. On resume, TensorBoard forgets what came after the step resumed from."""
 
     def __init__(self, path: Path, tensorboard: Path, resume_step: int) -> None:
-        forget_after(path, resume_step)
         self._lines = JsonLines(path)
         self._tensorboard = tensorboard
         self._resume_step = resume_step

@@ -29,8 +29,11 @@ class Display(Protocol):
         """Leave the screen in order."""
 
 
-def setup_logging(rank: int) -> Console | None:
-    """Send log records to standard output; return the console if rank 0 has a terminal."""
+def setup_logging(rank: int, *, quiet: bool) -> Console | None:
+    """Send log records to standard output; return the console if rank 0 has a terminal.
+
+    quiet: only warnings, for ranks that share the screen with rank 0.
+    """
     console = Console(highlight=False) if rank == 0 and sys.stdout.isatty() else None
     handler: logging.Handler = logging.StreamHandler(sys.stdout)
     if console is not None:
@@ -41,7 +44,7 @@ def setup_logging(rank: int) -> Console | None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    logging.getLogger("bigtrain").setLevel(logging.INFO)
+    logging.getLogger("bigtrain").setLevel(logging.WARNING if quiet else logging.INFO)
     return console
 
 

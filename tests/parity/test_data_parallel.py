@@ -21,7 +21,7 @@ from torch import nn
 
 from bigtrain.comm.mesh import Mesh
 from bigtrain.optim import AdamW
-from bigtrain.parallelize import parallelize
+from bigtrain.compose import parallelize
 
 STEPS = 5
 pytestmark = pytest.mark.parity

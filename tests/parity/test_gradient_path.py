@@ -17,7 +17,7 @@ from bigtrain.comm.world import World
 from bigtrain.config.layout import Layout
 from bigtrain.errors import BigtrainError, CommError
 from bigtrain.optim import SGD, AdamW
-from bigtrain.parallelize import parallelize
+from bigtrain.compose import parallelize
 
 pytestmark = pytest.mark.parity
 ALONE = Mesh.build(Layout(), World(), torch.device("cpu"))

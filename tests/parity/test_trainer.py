@@ -178,7 +178,7 @@ def test_resume_refuses_what_is_another_run(tmp_path: Path) -> None:
             {"model": {"vocab_size": 61, "hidden_size": 64, "num_layers": 1}},
             "shape",
         ),
-        ({"optimizer": {"kind": "sgd"}}, "lacks"),
+        ({"optimizer": {"kind": "sgd"}}, "of another optimizer"),
     ):
         for text in run_ranks(refused, 2, tmp_path, args=(make_config(tmp_path, **sections),)):
             assert words in text
@@ -212,7 +212,7 @@ def test_a_nan_stops_all_ranks_and_names_the_culprit(tmp_path: Path) -> None:
     text, skipped = ranks[0]
     assert "rank" in text
     assert "samples [" in text
-    assert "the last checkpoint is good" in text
+    assert "the update was not done" in text
     assert not any(skipped)
 
 

@@ -1,0 +1,30 @@
+"""What this machine has, asked without torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from bigtrain.config.schema import Config
+
+
+def num_cores() -> int:
+    """Return the processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def num_gpus(env: Mapping[str, str], driver: Path = Path("/proc/driver/nvidia/gpus")) -> int:
+    """Return the NVIDIA GPUs that are visible, asked of the driver and not of torch."""
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+    return len(list(driver.iterdir())) if driver.is_dir() else 0
+
+
+def threads_per_rank(config: Config, local_world_size: int) -> int:
+    """Return the compute threads of a rank when this machine has `local_world_size` of them."""
+    threads = config.launch.threads_per_rank
+    return max(1, num_cores() // local_world_size) if threads == "auto" else int(threads)
