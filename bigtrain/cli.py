@@ -53,8 +53,11 @@ def launch(
     folder, lock = open_run(read, resume=resume, restart=restart)
     threads = threads_per_rank(read, num_ranks)
     job = Job(folder.next_config, folder.logs, num_ranks, threads, resume)
-    with lock:
-        raise typer.Exit(run_local(job, read.launch.stop_seconds, stderr_line))
+    try:
+        with lock:
+            raise typer.Exit(run_local(job, read.launch.stop_seconds, stderr_line))
+    finally:
+        folder.next_config.unlink(missing_ok=True)  # left only by a run that did not begin
 
 
 def _read(path: str, overrides: list[str] | None) -> tuple[Config, int]:

@@ -187,13 +187,19 @@ def _outcome(job: Job, ranks: list[Rank], asked: list[int]) -> int:
     if asked and (first.ended_by_us or (first.code < 0 and not first.report)):
         name = signal.Signals(asked[0]).name
         raise _failure(128 + asked[0], f"ended by {name} before a step could be saved")
-    others = [rank.rank for rank in failed if rank is not first]
+    text = first.report.get("text")
+    same = [rank.rank for rank in failed if text and rank.report.get("text") == text]
+    others = [rank.rank for rank in failed if rank is not first and rank.rank not in same]
     also = f"\n  (ranks {', '.join(map(str, others))} then ended too)" if others else ""
     code = first.code if first.code >= 0 else 128 - first.code
-    raise _failure(code or 1, f"{_describe(job, first)}{also}\n  log:  {job.log(first.rank)}")
+    what = _describe(job, first, same)
+    raise _failure(code or 1, f"{what}{also}\n  log:  {job.log(first.rank)}")
 
 
-def _describe(job: Job, rank: Rank) -> str:
+def _describe(job: Job, rank: Rank, same: list[int]) -> str:
+    """Say how a rank ended; `same` are the ranks that told the same."""
+    if len(same) > 1:
+        return f"ranks {', '.join(map(str, same))} failed: {rank.report['text']}"
     if rank.report.get("text"):
         return f"rank {rank.rank} failed: {rank.report['text']}"
     assert rank.code is not None
