@@ -92,9 +92,9 @@ def schema() -> None:
     """Print the JSON Schema of configs, for editors."""
     import json
 
-    from bigtrain.config.schema import Config
+    from bigtrain.config.schema import json_schema
 
-    typer.echo(json.dumps(Config.model_json_schema(), indent=1))
+    typer.echo(json.dumps(json_schema(), indent=1))
 
 
 @ckpt.command("list")

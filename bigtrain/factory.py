@@ -49,6 +49,14 @@ def call_factory(name: str, args: Mapping[str, Any], where: str, **more: Any) ->
         BigtrainError: it cannot be imported, or does not take these arguments.
     """
     function = import_function(name, where)
+    twice = sorted(args.keys() & more.keys())
+    if twice:
+        raise BigtrainError(
+            f"{', '.join(twice)} is not for args",
+            where=where,
+            why=f"bigtrain itself gives it to {name}",
+            mend=f"remove it from {where.replace('factory', 'args')}",
+        )
     arguments = {**args, **more}
     try:
         inspect.signature(function).bind(**arguments)

@@ -14,7 +14,7 @@ from types import FrameType
 from bigtrain.errors import BigtrainError, CommError, Stopped
 
 _PR_SET_PDEATHSIG = 1
-_MOST_REPORT_BYTES = 60_000  # a pipe takes 64 KiB without anybody reading
+_MOST_TEXT_BYTES = 10_000  # JSON makes at most 6 of each; a pipe takes 64 KiB unread
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -94,7 +94,8 @@ def _report(record: dict) -> bool:
     if descriptor is None:
         return False
     if "text" in record:
-        record["text"] = record["text"][-_MOST_REPORT_BYTES // 4 :]
+        text = record["text"].encode("utf-8", errors="replace")[-_MOST_TEXT_BYTES:]
+        record["text"] = text.decode("utf-8", errors="ignore")
     try:
         os.write(int(descriptor), json.dumps(record).encode())
     except (OSError, ValueError):

@@ -69,12 +69,18 @@ def open_run(config: Config, *, resume: bool, restart: bool) -> tuple[RunFolder,
         RunFolderError: not writable, in use by another run, or holding a run already.
     """
     folder = RunFolder(Path(config.run.dir))
+    if "\0" in config.run.dir or not config.run.dir.isprintable():
+        raise RunFolderError(
+            f"run.dir = {config.run.dir!r} is no path",
+            why="it has characters that a file name cannot have",
+            mend="set run.dir to a folder, like runs/try",
+        )
     with explained_io(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder.path)
         if restart and _holds_run(folder):
             lock.close()
-            _move_aside(folder.path)
+            _move_aside(folder.path.absolute())
             folder.path.mkdir(parents=True)
             lock = _lock(folder.path)
         if not resume and _holds_run(folder):

@@ -13,7 +13,8 @@ import threading
 from fcntl import ioctl
 from pathlib import Path
 
-_CONTROL = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-_]")
+# Control sequences of terminals (ECMA-48): titles and links, colours and cursor moves, the rest.
+_CONTROL = re.compile(rb"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b\[[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]")
 
 
 class ScreenAndFile:

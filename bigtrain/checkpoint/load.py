@@ -100,20 +100,21 @@ def load_blocks(folder: Path, manifest: Manifest, wanted: Iterable[NamedBlock]) 
             ) from error
 
 
+@torch.no_grad()
 def _copy(reader: safe_open, file: str, entry: TensorEntry, wanted: NamedBlock) -> None:
     """Copy what one file has of one wanted block."""
     for stored in entry.blocks:
         if stored.file != file:
             continue
         source = Block(tuple(stored.offsets), tuple(stored.sizes))
+        found = reader.get_slice(stored.key)
+        if tuple(found.get_shape()) != source.sizes:
+            raise SafetensorError(f"{stored.key} has shape {found.get_shape()}, not {stored.sizes}")
+        common = source.intersect(wanted.block)
         if not source.sizes:  # a scalar
             wanted.tensor.copy_(reader.get_tensor(stored.key))
-            continue
-        common = source.intersect(wanted.block)
-        if common is None:
-            continue
-        part = reader.get_slice(stored.key)[common.within(source).slices]
-        with torch.no_grad():
+        elif common is not None:
+            part = found[common.within(source).slices]
             wanted.tensor[common.within(wanted.block).slices].copy_(part)
 
 

@@ -1,7 +1,8 @@
 """The manifest of a checkpoint: which block of which tensor is in which file. No torch.
 
 A checkpoint is a folder `step-00000100` with one safetensors file per writing rank and
-`manifest.json`, which is written last. In a file, block number i of a tensor has the key `name#i`.
+`manifest.json`, which is written last. In a file, the block of a tensor that starts at offsets
+(i, j) has the key `name#i_j`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from bigtrain.errors import CheckpointError
 
@@ -26,7 +27,7 @@ DAMAGED = "damaged-"  # begins the name of one that a resume has found damaged
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
 
 
 class BlockEntry(_Entry):
@@ -75,7 +76,7 @@ class Manifest(_Entry):
 
     def compute_digest(self) -> str:
         """Return the hash of everything but the digest."""
-        content = self.model_dump(exclude={"digest"})
+        content = json.loads(self.model_dump_json(exclude={"digest"}))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -107,7 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
                 mend="read it with the bigtrain that wrote it",
             )
         manifest = Manifest.model_validate(raw)
-    except (json.JSONDecodeError, ValidationError) as error:
+    except (ValueError, RecursionError) as error:  # of json, and of pydantic
         why = str(error).split("\n")[0]
         mend = "use another checkpoint; `bigtrain ckpt list` shows them"
         raise CheckpointError(f"{path} is damaged", why=why, mend=mend) from error
@@ -130,14 +131,20 @@ def _fault(tensor: TensorEntry, files: dict[str, FileEntry]) -> str:
         if not len(block.offsets) == len(block.sizes) == len(tensor.shape):
             return "has a block with another number of dims"
         ends = [o + s for o, s in zip(block.offsets, block.sizes, strict=True)]
-        if min(block.offsets, default=0) < 0 or any(map(int.__gt__, ends, tensor.shape)):
+        if min((*block.offsets, *block.sizes), default=0) < 0 or any(
+            map(int.__gt__, ends, tensor.shape)
+        ):
             return "has a block that reaches beyond it"
         if block.file not in files:
             return f"has a block in {block.file}, which is not part of the checkpoint"
-    for one, other in itertools.combinations(tensor.blocks, 2):
-        sides = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
-        if math.prod(tensor.shape) and all(a < b + m and b < a + n for a, n, b, m in sides):
-            return "has blocks that overlap"
+    by_first_row = sorted(tensor.blocks, key=lambda block: block.offsets)
+    for index, one in enumerate(by_first_row):
+        for other in itertools.islice(by_first_row, index + 1, None):
+            if other.offsets and other.offsets[0] >= one.offsets[0] + one.sizes[0]:
+                break  # neither this one nor any after it can reach back
+            sides = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+            if math.prod(tensor.shape) and all(a < b + m and b < a + n for a, n, b, m in sides):
+                return "has blocks that overlap"
     covered = sum(math.prod(block.sizes) for block in tensor.blocks)
     if covered != math.prod(tensor.shape):
         return f"has blocks for {covered} of {math.prod(tensor.shape)} elements"

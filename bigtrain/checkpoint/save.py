@@ -96,21 +96,16 @@ def _try_write(hidden: Path, blocks: Sequence[NamedBlock], rank: int) -> _Record
     if not mine:
         return None
     file = f"rank-{rank:05d}.safetensors"
-    tensors, payload = {}, {}
+    tensors: dict[str, TensorEntry] = {}
+    payload = {}
     for block in mine:
         key = f"{block.name}#{'_'.join(map(str, block.block.offsets))}"
         payload[key] = block.tensor.detach().cpu().contiguous()
-        tensors[block.name] = TensorEntry(
-            shape=list(block.shape),
-            dtype=str(block.tensor.dtype).removeprefix("torch."),
-            blocks=[
-                BlockEntry(
-                    offsets=list(block.block.offsets),
-                    sizes=list(block.block.sizes),
-                    file=file,
-                    key=key,
-                )
-            ],
+        offsets, sizes = list(block.block.offsets), list(block.block.sizes)
+        dtype = str(block.tensor.dtype).removeprefix("torch.")
+        entry = TensorEntry(shape=list(block.shape), dtype=dtype, blocks=[])
+        tensors.setdefault(block.name, entry).blocks.append(
+            BlockEntry(offsets=offsets, sizes=sizes, file=file, key=key)
         )
     try:
         hidden.mkdir(parents=True, exist_ok=True)
@@ -164,6 +159,7 @@ def _try_publish(hidden: Path, final: Path, manifest: Manifest) -> list[str]:
     if missing:
         return [f"rank 0 does not see {', '.join(missing)}: run.dir must be shared by all nodes"]
     try:
+        hidden.mkdir(parents=True, exist_ok=True)
         with open(hidden / MANIFEST, "w", encoding="utf-8") as file:
             file.write(manifest.model_dump_json(indent=1))
             file.flush()

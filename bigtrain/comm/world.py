@@ -47,7 +47,7 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     text = env.get(name)
     if text is None and default is not None:
         return default
-    if text is None or not text.strip().isdecimal():
+    if text is None or not text.strip().isdecimal() or len(text) > 9:
         raise LaunchError(
             f"{name} is {'not set' if text is None else repr(text)}",
             where="environment",

@@ -44,6 +44,13 @@ def microbatches_of(config: Config, layout: Layout) -> tuple[int, int]:
     return microbatch, per_rank // microbatch
 
 
+def _divisors_near(number: int, wanted: int, most: int = 8) -> str:
+    """Return the divisors of `number` that are nearest to `wanted`, in order, as text."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    divisors = {*small, *(number // n for n in small)}
+    return ", ".join(map(str, sorted(sorted(divisors, key=lambda n: abs(n - wanted))[:most])))
+
+
 def _axes_that_exist(config: Config, world_size: int | None) -> Iterator[Problem]:
     for axis, technique in (("tp", "tensor"), ("cp", "context"), ("pp", "pipeline")):
         degree = getattr(config.parallel, axis)
@@ -64,7 +71,15 @@ def _world(config: Config, world_size: int | None) -> Iterator[Problem]:
     try:
         layout_of(config, world)
     except BigtrainError as error:
-        yield dataclasses.replace(error.problem, keys=keys)
+        problem = dataclasses.replace(error.problem, keys=keys)
+        if world == config.launch.processes:
+            problem = dataclasses.replace(
+                problem,
+                what=f"launch.processes = {world} does not fit: {problem.what}",
+                mend="set launch.processes=auto, or change a degree",
+                keys=("launch.processes", *keys),
+            )
+        yield problem
 
 
 def _batch(config: Config, world_size: int | None) -> Iterator[Problem]:
@@ -89,7 +104,7 @@ def _batch(config: Config, world_size: int | None) -> Iterator[Problem]:
         )
     elif microbatch and (batch // dp) % microbatch:
         per_rank = batch // dp
-        legal = ", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
+        legal = _divisors_near(per_rank, microbatch)
         yield Problem(
             f"train.microbatch = {microbatch} does not divide a rank's share: "
             f"{batch} / (dp={dp}) = {per_rank} samples",
@@ -105,7 +120,7 @@ def _heads(config: Config, world_size: int | None) -> Iterator[Problem]:
         return
     hidden, heads = model.hidden_size, model.num_heads
     if hidden % heads:
-        legal = ", ".join(str(n) for n in range(1, min(hidden, 64) + 1) if hidden % n == 0)
+        legal = _divisors_near(hidden, heads)
         yield Problem(
             f"model.num_heads = {heads} does not divide model.hidden_size = {hidden}",
             why="each head takes an equal part of the hidden size",
@@ -120,7 +135,7 @@ def _heads(config: Config, world_size: int | None) -> Iterator[Problem]:
             keys=("model.num_heads", "model.hidden_size"),
         )
     if isinstance(model, LlamaModel) and model.num_kv_heads and heads % model.num_kv_heads:
-        legal = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        legal = _divisors_near(heads, model.num_kv_heads)
         yield Problem(
             f"model.num_kv_heads = {model.num_kv_heads} does not divide model.num_heads = {heads}",
             why="each key-value head serves an equal group of query heads",

@@ -41,10 +41,19 @@ class Layout:
         Raises:
             BigtrainError: the degrees cannot make up that world; the arithmetic is shown.
         """
-        fixed = {axis: int(degrees.get(axis, 1)) for axis in AXES if degrees.get(axis) != "auto"}
+        autos = [axis for axis, degree in degrees.items() if degree == "auto"]
+        if autos not in ([], ["dp"]) or not degrees.keys() <= set(AXES):
+            raise BigtrainError(
+                f"these are no degrees of a layout: {dict(degrees)}",
+                why=f"the axes are {', '.join(AXES)}, and only dp can be auto",
+                mend="give each axis a whole number of at least 1",
+            )
+        given = {axis: degrees.get(axis, 1) for axis in AXES if axis not in autos}
+        fixed = cls(**given).degrees  # type: ignore[arg-type]  # it checks them
+        fixed = {axis: degree for axis, degree in fixed.items() if axis not in autos}
         product = math.prod(fixed.values())
         arithmetic = " x ".join(f"{axis}={degree}" for axis, degree in fixed.items())
-        if len(fixed) < len(AXES):
+        if autos:
             if world_size % product:
                 raise BigtrainError(
                     f"a world of {world_size} ranks cannot be split: "
@@ -52,8 +61,7 @@ class Layout:
                     why="parallel.dp is auto, so the other degrees must divide the world",
                     mend=f"start a multiple of {product} ranks, or change a degree",
                 )
-            (auto,) = (axis for axis in AXES if axis not in fixed)
-            fixed[auto] = world_size // product
+            fixed["dp"] = world_size // product
         elif product != world_size:
             raise BigtrainError(
                 f"the world has {world_size} ranks, but {arithmetic} = {product}",

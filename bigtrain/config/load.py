@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from bigtrain.config.check import check
 from bigtrain.config.schema import VARIANTS, Config, Section
-from bigtrain.config.yaml_tree import Key, Tree, read_file, read_value
+from bigtrain.config.yaml_tree import Key, Tree, read_file, read_value, write_tree
 from bigtrain.errors import ConfigError, Problem
 
 _DEFAULT_KINDS = {section: next(iter(kinds)) for section, kinds in VARIANTS.items()}
@@ -43,7 +42,7 @@ def load_config(path: str, overrides: Sequence[str] = (), world_size: int | None
 
 def dump(config: Config) -> str:
     """Return the effective config, every key included, as YAML that `load` reads back."""
-    text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    text = write_tree(config.model_dump())
     return f"# The effective config of this run: every key, defaults included.\n{text}"
 
 
@@ -58,6 +57,8 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> Tree:
     if not isinstance(parent, str):
         mend = "write it like `extends: quickstart.yaml`"
         problem = Problem("extends takes the path of one YAML file", where=where, mend=mend)
+    elif "\0" in parent:
+        problem = Problem("extends takes the path of one YAML file", where=where, mend="correct it")
     elif (path.parent / parent).resolve() in (path.resolve(), *seen):
         problem = Problem(
             f"extends: {parent} leads back to this file",
@@ -126,8 +127,6 @@ def _validate(tree: Tree, world_size: int | None) -> tuple[Config | None, list[P
         problems, bad = [], set()
         for error in failure.errors():
             key = _strip_tags(error["loc"])
-            if key in bad:
-                continue
             bad.add(key)
             problems.append(_explain(error, key, tree))
         try:
@@ -217,7 +216,9 @@ def _explain(error: ErrorDetails, key: Key, tree: Tree) -> Problem:
         )
     if kind == "literal_error":
         legal = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        near = difflib.get_close_matches(str(value), legal, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(
+            _OFTEN_MEANT.get(str(value), str(value)), legal, n=1, cutoff=0.5
+        )
         mend = (f"did you mean {near[0]}? " if near else "") + f"legal: {', '.join(legal)}"
         return Problem(f"{given} is not a legal value", mend=mend, where=where)
     expected = _EXPECTED.get(kind, "").format(**context)
@@ -229,6 +230,8 @@ def _explain(error: ErrorDetails, key: Key, tree: Tree) -> Problem:
         return Problem(given, why=f"it must be {expected}", mend=_hint(kind, value), where=where)
     return Problem(given, why=error["msg"], mend="correct the value", where=where)
 
+
+_OFTEN_MEANT = {"gpu": "cuda", "float32": "fp32", "bfloat16": "bf16", "fp16": "bf16"}
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -242,8 +245,9 @@ _EXPECTED = {
     "greater_than_equal": "at least {ge}",
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
-    "too_short": "a list of at least {min_length}",
-    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of at least {min_length} item(s)",
+    "too_long": "a list of at most {max_length} item(s)",
+    "string_too_short": "text that is not empty",
     "string_pattern_mismatch": "of the form package.module:function",
     "finite_number": "a finite number",
 }
@@ -258,8 +262,10 @@ def _hint(kind: str, value: Any) -> str:
         return f"write it without quotes or separators: {value.replace('_', '')}"
     if kind == "bool_type" and str(value).lower() in ("yes", "on", "no", "off", "1", "0"):
         return f"write {'true' if str(value).lower() in ('yes', 'on', '1') else 'false'}"
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return f'put it in quotes: "{str(value).lower() if isinstance(value, bool) else value}"'
     if kind == "string_type":
-        return f'put it in quotes: "{value}"'
+        return "give text, or remove the key"
     return "correct the value"
 
 
@@ -272,7 +278,8 @@ def _legal_keys(section: Key, values: dict[str, Any]) -> list[str]:
     if name in VARIANTS:
         chosen = values.get(name, {})
         default = next(iter(VARIANTS[name]))
-        kind = "factory" if "factory" in chosen else chosen.get("kind", default)
+        by_factory = "factory" in chosen and "factory" in VARIANTS[name]
+        kind = "factory" if by_factory else chosen.get("kind", default)
         model = VARIANTS[name][kind]
     else:
         annotation = Config.model_fields[name].annotation

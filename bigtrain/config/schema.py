@@ -269,11 +269,11 @@ class LaunchSection(Section):
     """After Ctrl-C, how long ranks may take to finish their step and save before they are ended."""
 
 
-def _kind_or_factory(default: str) -> Discriminator:
+def _kind_or_factory(default: str, factory: bool = True) -> Discriminator:
     def choose(value: Any) -> str:
         if isinstance(value, dict):
             kind = str(value.get("kind", default))
-            if "factory" in value:
+            if factory and "factory" in value:
                 return "factory"
             return "(none of them)" if kind == "factory" else kind
         return "factory" if isinstance(value, FactoryCall) else str(getattr(value, "kind", default))
@@ -296,7 +296,7 @@ Data = Annotated[
 ]
 Optimizer = Annotated[
     Annotated[AdamwOptimizer, Tag("adamw")] | Annotated[SgdOptimizer, Tag("sgd")],
-    _kind_or_factory("adamw"),
+    _kind_or_factory("adamw", factory=False),
 ]
 
 # The alternatives of each section that has several, by the name that `kind` takes.
@@ -337,3 +337,14 @@ class Config(Section):
     """What is shown and recorded."""
     launch: LaunchSection = LaunchSection()
     """How processes are started."""
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a config file, for editors."""
+    schema = Config.model_json_schema()
+    text = "A config that this one is laid on top of; relative to the folder of this file."
+    schema["properties"] = {
+        "extends": {"type": "string", "description": text},
+        **schema["properties"],
+    }
+    return schema

@@ -46,6 +46,8 @@ def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+_PLAIN = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+_BAD = object()  # stands for a value that has been reported already
 # The empty scalar is looked up under "".
 _Loader.yaml_implicit_resolvers.setdefault("", []).append(
     ("tag:yaml.org,2002:null", re.compile(r"^$"))
@@ -71,9 +73,10 @@ class Tree:
     def set(self, key: tuple[str, ...], value: Any, place: str) -> None:
         """Set one dotted key, making the sections around it."""
         section = self.values
-        for name in key[:-1]:
+        for depth, name in enumerate(key[:-1], start=1):
             if not isinstance(section.get(name), dict):
                 section[name] = {}
+                self.places[key[:depth]] = place
             section = section[name]
         section[key[-1]] = value
         self.places = {
@@ -116,13 +119,13 @@ def read_tree(text: str, source: str) -> Tree:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-        why = f"the parser says: {error.problem}" + (f", {error.context}" if error.context else "")
+        why = "the parser says: " + ", ".join(filter(None, (error.context, error.problem)))
         mend = "check the indentation (spaces, no tabs), colons and quotes around this place"
         tree.problems.append(Problem("this is not valid YAML", why=why, mend=mend, where=where))
         return tree
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         why = f"the parser says: {error}".replace("\n", " ")
-        mend = "save the file as plain UTF-8 text"
+        mend = "save the file as plain UTF-8 text, without deep nesting"
         tree.problems.append(Problem("this is not valid YAML", why=why, mend=mend, where=source))
         return tree
     if node is None:
@@ -146,7 +149,7 @@ def read_file(path: Path) -> Tree:
     """Read one YAML file; an unreadable file becomes a problem of the tree."""
     try:
         return read_tree(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         problem = Problem(
             f"cannot read the config: {reason}",
@@ -156,12 +159,23 @@ def read_file(path: Path) -> Tree:
         return Tree(problems=[problem])
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader above would not read as text, which PyYAML's own rules do not."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def write_tree(values: dict[str, Any]) -> str:
+    """Return YAML that `read_tree` reads back as the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def read_value(text: str, source: str) -> tuple[Any, list[Problem]]:
     """Return the value that `text` has in YAML, as on the right of `key: `, and what is wrong."""
     tree = Tree()
     try:
         node = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         mend = "quote it for the shell and for YAML, like run.dir='\"a: b\"'"
         return None, [Problem("the value is not valid YAML", where=source, mend=mend)]
     value = None if node is None else _convert(node, (), "", tree, ())
@@ -175,8 +189,12 @@ def _convert(
     if any(node is outer for outer in around):
         what, mend = "this alias leads back into itself", "remove the anchor and write values"
         tree.problems.append(Problem(what, mend=mend, where=_place(node, source)))
-        return None
+        return _BAD
     around = (*around, node)
+    if isinstance(node, yaml.CollectionNode) and node.tag not in _PLAIN:
+        what, mend = f"the tag {node.tag} is not read", "write plain sections and lists; no tags"
+        tree.problems.append(Problem(what, mend=mend, where=_place(node, source)))
+        return _BAD
     if isinstance(node, yaml.MappingNode):
         return _convert_mapping(node, key, source, tree, around)
     if isinstance(node, yaml.SequenceNode):
@@ -194,7 +212,7 @@ def _convert(
         tree.problems.append(
             Problem("cannot read this value", why=why, mend=mend, where=_place(node, source))
         )
-        return None
+        return _BAD
 
 
 def _convert_mapping(
@@ -202,8 +220,12 @@ def _convert_mapping(
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name_node, child in node.value:
-        name = str(name_node.value)
         where = _place(name_node, source)
+        if not isinstance(name_node, yaml.ScalarNode):
+            what, mend = "a key must be plain text", "write `key: value`"
+            tree.problems.append(Problem(what, mend=mend, where=where))
+            continue
+        name = str(name_node.value)
         full = (*key, name)
         if name in values:
             dotted = ".".join(map(str, full))
@@ -217,7 +239,9 @@ def _convert_mapping(
             )
             continue
         tree.places[full] = where
-        values[name] = _convert(child, full, source, tree, around)
+        value = _convert(child, full, source, tree, around)
+        if value is not _BAD:
+            values[name] = value
     return values
 
 

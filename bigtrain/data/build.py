@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from bigtrain.config.schema import FactoryData, StdlibData, TextData, TokenData
 from bigtrain.data.corpus import packed, stdlib_files, text_files
-from bigtrain.data.tokens import TokenDataset, fingerprint, ngram_entropies, open_tokens
+from bigtrain.data.tokens import WRITE_IT, TokenDataset, fingerprint, ngram_entropies, open_tokens
 from bigtrain.errors import DataError
 from bigtrain.factory import call_factory
 
@@ -64,8 +64,9 @@ def open_data(
     """
     if isinstance(config, FactoryData):
         return _from_factory(config)
-    names = ("data.train", "data.validation") if isinstance(config, TokenData) else ("data",) * 2
-    arrays = [open_tokens(Path(p), where) for p, where in zip(files, names, strict=True)]
+    names = ("data.train", "data.validation")
+    mend = WRITE_IT if isinstance(config, TokenData) else "delete it: it is made again"
+    arrays = [open_tokens(Path(p), where, mend) for p, where in zip(files, names, strict=True)]
     train, validation = (
         TokenDataset(array, config.seq_len, vocab_size, where)
         for array, where in zip(arrays, names, strict=True)

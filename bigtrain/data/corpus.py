@@ -20,11 +20,17 @@ from bigtrain.errors import DataError
 _SEPARATOR = b"\n\x00\n"  # between files; a byte that text does not have
 
 
+# Tests, installed packages, and half a megabyte of prose in one string.
+_NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
+
+
 def stdlib_files() -> list[Path]:
     """Return the source files of the running Python's standard library, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    files = [f for f in root.rglob("*.py") if skipped.isdisjoint(f.relative_to(root).parts)]
+    files = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in _NOT_SOURCE]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     if len(files) < 50:
         raise DataError(
             f"Python's standard library has only {len(files)} source files in {root}",
@@ -66,24 +72,29 @@ def packed(files: Sequence[Path], fraction: float, cache_dir: str | None) -> tup
         DataError: a file cannot be read, or the cache folder cannot be written.
     """
     folder = Path(cache_dir) if cache_dir else default_cache_dir()
+    try:
+        key = _fingerprint(files, fraction)
+        targets = [folder / f"{key}-{part}.npy" for part in ("train", "validation")]
+        if not all(target.exists() for target in targets):
+            folder.mkdir(parents=True, exist_ok=True)
+            for target, tokens in zip(targets, _split(files, fraction), strict=True):
+                _write(target, tokens)
+    except OSError as error:
+        raise DataError(
+            f"cannot pack the text files: {error}",
+            where="data",
+            why=f"{len(files)} files are packed into {folder}",
+            mend="make the files readable and the folder writable, or set data.cache_dir",
+        ) from error
+    return targets[0], targets[1]
+
+
+def _fingerprint(files: Sequence[Path], fraction: float) -> str:
     key = hashlib.sha256(f"bytes-1 {fraction}".encode())
     for file in files:
         stat = file.stat()
         key.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    targets = [folder / f"{key.hexdigest()[:16]}-{part}.npy" for part in ("train", "validation")]
-    if not all(target.exists() for target in targets):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for target, tokens in zip(targets, _split(files, fraction), strict=True):
-                _write(target, tokens)
-        except OSError as error:
-            raise DataError(
-                f"cannot pack the text files: {error}",
-                where="data",
-                why=f"{len(files)} files are packed into {folder}",
-                mend="make the files readable and the folder writable, or set data.cache_dir",
-            ) from error
-    return targets[0], targets[1]
+    return key.hexdigest()[:16]
 
 
 def default_cache_dir() -> Path:
@@ -97,8 +108,8 @@ def _split(files: Sequence[Path], fraction: float) -> tuple[np.ndarray, np.ndarr
         data = files[0].read_bytes()
         cut = int(len(data) * (1 - fraction))
         return _bytes(data[:cut]), _bytes(data[cut:])
-    held_out = sorted(range(len(files)), key=_scatter)[: max(1, round(len(files) * fraction))]
-    chosen = set(held_out)
+    held_out = min(len(files) - 1, max(1, round(len(files) * fraction)))
+    chosen = set(sorted(range(len(files)), key=_scatter)[:held_out])
     parts: tuple[list[bytes], list[bytes]] = ([], [])
     for index, file in enumerate(files):
         parts[index in chosen].append(file.read_bytes())

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from bigtrain.data.permutation import derive_seed, shuffled
-from bigtrain.errors import DataError
+from bigtrain.errors import BigtrainError, DataError
 
 
 def rank_positions(cursor: int, micro: int, microbatch: int, rank: int, degree: int) -> np.ndarray:
@@ -34,6 +34,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def stream_positions(
+    cursor: int, microbatch: int, num_microbatches: int, rank: int, degree: int
+) -> Iterator[np.ndarray]:
+    """Yield the positions of microbatch after microbatch of `rank`, step after step, for ever."""
+    while True:
+        for micro in range(num_microbatches):
+            yield rank_positions(cursor, micro, microbatch, rank, degree)
+        cursor += microbatch * num_microbatches * degree
 
 
 class TrainStream:
@@ -56,34 +66,30 @@ class TrainStream:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        self._plan = (seed, cursor, microbatch, num_microbatches, rank, degree)
-        self._length = len(dataset)  # type: ignore[arg-type]
-        self._ids = self._positions()
+        plan = (cursor, microbatch, num_microbatches, rank, degree)
+        self._seed, self._length = seed, len(dataset)  # type: ignore[arg-type]
+        self._positions = stream_positions(*plan)
         self._batches = iter(
             DataLoader(
                 _Positioned(dataset, seed, self._length),
-                batch_sampler=self._position_lists(),
-                collate_fn=_collate,
+                batch_sampler=(positions.tolist() for positions in stream_positions(*plan)),
+                collate_fn=_as_it_is,
                 num_workers=num_workers,
                 pin_memory=pin_memory,
             )
         )
 
     def next(self) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
-        """Return the ids of the next microbatch and its tensors (batch first)."""
-        ids = shuffled(next(self._ids), self._length, self._plan[0])
-        return ids, next(self._batches)
+        """Return the ids of the next microbatch and its tensors (batch first).
 
-    def _positions(self) -> Iterator[np.ndarray]:
-        _, cursor, microbatch, num_microbatches, rank, degree = self._plan
-        while True:
-            for micro in range(num_microbatches):
-                yield rank_positions(cursor, micro, microbatch, rank, degree)
-            cursor += microbatch * num_microbatches * degree
-
-    def _position_lists(self) -> Iterator[list[int]]:
-        for positions in self._positions():
-            yield positions.tolist()
+        Raises:
+            DataError: the dataset gave something else than a dict of tensors, or raised it.
+        """
+        ids = shuffled(next(self._positions), self._length, self._seed)
+        batch = next(self._batches)
+        if isinstance(batch, BigtrainError):
+            raise batch
+        return ids, batch
 
 
 class _Positioned(Dataset):
@@ -95,7 +101,11 @@ class _Positioned(Dataset):
     def __getitems__(self, positions: list[int]) -> Any:
         ids = shuffled(np.asarray(positions), self.length, self.seed).tolist()
         seeds = [derive_seed(self.seed, 1, position) for position in positions]
-        return _fetch(self.dataset, ids, seeds)
+        try:
+            return _collate(_fetch(self.dataset, ids, seeds))
+        except BigtrainError as error:
+            # As a value: a loader process would wrap what is raised into a traceback as text.
+            return error
 
     def __getitem__(self, position: int) -> Any:
         return self.__getitems__([position])
@@ -131,12 +141,32 @@ def _fetch(dataset: Any, indices: list[int], seeds: list[int]) -> Any:
 
 def _collate(samples: Any) -> dict[str, torch.Tensor]:
     """Stack samples, unless the dataset has done so."""
-    batch = samples if isinstance(samples, dict) else default_collate(samples)
-    if not isinstance(batch, dict):
+    mend = "let __getitem__ return a dict of tensors, like {'images': ..., 'labels': ...}"
+    if not isinstance(samples, dict) and not isinstance(samples[0], dict):
         raise DataError(
             f"a sample of the dataset is a {type(samples[0]).__name__}",
             where="data.factory",
             why="a batch is passed to the model by name: model(**batch)",
-            mend="let __getitem__ return a dict, like {'images': ..., 'labels': ...}",
+            mend=mend,
         )
+    try:
+        batch = samples if isinstance(samples, dict) else default_collate(samples)
+    except (TypeError, RuntimeError, KeyError, ValueError) as error:
+        raise DataError(
+            "the samples of a batch cannot be stacked",
+            where="data.factory",
+            why=str(error).split("\n")[0],
+            mend="give all samples the same keys, and tensors of the same shape (pad them)",
+        ) from error
+    for name, value in batch.items():
+        if not isinstance(value, torch.Tensor):
+            raise DataError(
+                f"{name} of a batch is a {type(value).__name__}, not a tensor",
+                where="data.factory",
+                mend=mend,
+            )
+    return batch
+
+
+def _as_it_is(batch: Any) -> Any:
     return batch

@@ -13,23 +13,25 @@ from bigtrain.errors import DataError
 _DTYPES = ("uint8", "uint16", "uint32")
 
 
-def open_tokens(path: Path, where: str) -> np.ndarray:
+WRITE_IT = "write it with numpy.save, as one array of uint8, uint16 or uint32 tokens"
+
+
+def open_tokens(path: Path, where: str, mend: str = WRITE_IT) -> np.ndarray:
     """Return the tokens of a .npy file, mapped read-only.
 
     Raises:
         DataError: missing, truncated, or not a one-dimensional array of unsigned integers.
     """
-    mend = "write it with numpy.save, as one array of uint8, uint16 or uint32 tokens"
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"there is no file {path}", where=where, mend="check the path") from None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy raises whatever its parsers raise on a damaged file
+        why = "the file is truncated, damaged or of another kind"
+        if isinstance(error, OSError | ValueError) and "pickle" not in str(error):
+            why += f" (numpy says: {error})"
         raise DataError(
-            f"{path} is no readable .npy file",
-            where=where,
-            why=f"numpy says: {error} (the file is truncated, damaged or of another kind)",
-            mend=mend,
+            f"{path} is no readable .npy file", where=where, why=why, mend=mend
         ) from error
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.name not in _DTYPES:
         shown = (
@@ -67,7 +69,7 @@ class TokenDataset(torch.utils.data.Dataset):
             )
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.seq_len
+        return max(0, len(self.tokens) - 1) // self.seq_len
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         batch = self.batch([index])

@@ -22,7 +22,7 @@ from unit_checkpoints import (
     tensors,
     whole,
 )
-from unit_helpers import assert_explained, known_bug
+from unit_helpers import assert_explained
 
 from bigtrain.checkpoint.load import load_blocks
 from bigtrain.checkpoint.manifest import read_manifest
@@ -61,7 +61,6 @@ def test_round_trip(tmp_path: Path) -> None:
     assert read_manifest(path).state == state(12)
 
 
-@known_bug("inf is null in the file, so the digest of a good checkpoint differs")
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_config_with_numbers_that_json_has_not(value: float, tmp_path: Path) -> None:
     """Arguments of a user's factory may be .inf or .nan."""
@@ -144,7 +143,6 @@ def test_read_into_a_view_of_a_parameter(tmp_path: Path) -> None:
     assert torch.equal(param, MATRIX)
 
 
-@known_bug("RuntimeError: a leaf Variable that requires grad: no torch.no_grad() for scalars")
 def test_read_into_a_scalar_parameter(tmp_path: Path) -> None:
     path = save_alone(tmp_path, 1)
     param = torch.nn.Parameter(torch.zeros(()))
@@ -152,7 +150,6 @@ def test_read_into_a_scalar_parameter(tmp_path: Path) -> None:
     assert param.item() == 3.5
 
 
-@known_bug("_try_write keeps the last block of a tensor only, and publishes it")
 def test_several_blocks_of_one_tensor_on_one_rank(tmp_path: Path) -> None:
     """As a rank has that owns rows of several owners."""
     path = save(tmp_path, state(1), rows(2, 4), ALONE)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from unit_checkpoints import ALONE, read_all, rows, run_threads, save_alone, state, tensors, whole
-from unit_helpers import assert_explained, known_bug
+from unit_helpers import assert_explained
 
 from bigtrain.checkpoint import save as saving
 from bigtrain.checkpoint.load import find_last_good
@@ -221,7 +221,6 @@ def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:
     assert steps(tmp_path) == []
 
 
-@known_bug("the hidden folder is made with the first block only: ENOENT")
 def test_no_tensors_at_all(tmp_path: Path) -> None:
     """A model without parameters or buffers."""
     assert read_manifest(save(tmp_path, state(1), [], ALONE)).tensors == {}

@@ -11,41 +11,15 @@ import os
 from pathlib import Path
 
 import pytest
-from unit_helpers import ROOT, known_bug, load_text
+from unit_helpers import ROOT, load_text
 
 from bigtrain.config.load import load_config
 from bigtrain.errors import ConfigError
 
 GALLERY = ROOT / "tests" / "golden" / "config_errors"
 
-# Configs whose report is not frozen yet, because it misleads: mend the text, write its golden file
-# with BIGTRAIN_UPDATE_GOLDEN=1, and remove the line here.
-PENDING = {
-    "complex_key": "shows PyYAML's nodes (ScalarNode(tag=...)) instead of the key",
-    "degrees": "does not say that the 3 ranks come from launch.processes",
-    "device_gpu": "gpu means cuda, and the report asks: did you mean cpu?",
-    "empty_run_dir": "pydantic's own words (String should have ...), and no mend",
-    "empty_text": 'an empty value is to be mended as "None"',
-    "list_length": "betas takes exactly 2 items, not at least 2; and items of what",
-    "optimizer_factory": "speaks of optimizer.kind = (empty), which nobody wrote",
-    "override_into_value": "points at the file, but the command line is wrong",
-    "override_mapping": "tells to put the text form of a dict in quotes",
-    "python_tag": "tags on mappings and lists are ignored; on a value, two reports for one",
-    "two_documents": "the parser's cause and context are in the wrong order",
-    "world": "does not say that the 3 ranks come from launch.processes",
-}
 
-
-def gallery() -> list:
-    names = sorted(path.stem for path in GALLERY.glob("*.yaml"))
-    why = PENDING.get
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(reason=why(name))) if why(name) else name
-        for name in names
-    ]
-
-
-@pytest.mark.parametrize("name", gallery())
+@pytest.mark.parametrize("name", sorted(path.stem for path in GALLERY.glob("*.yaml")))
 def test_report(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The report is the golden one."""
     monkeypatch.chdir(GALLERY)  # reports name files as they were given
@@ -54,7 +28,7 @@ def test_report(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(f"{name}.yaml", overrides)
     report = f"{caught.value}\n"
-    if os.environ.get("BIGTRAIN_UPDATE_GOLDEN") == "1" and name not in PENDING:
+    if os.environ.get("BIGTRAIN_UPDATE_GOLDEN") == "1":
         golden.write_text(report, encoding="utf-8")
     assert golden.exists(), f"no {golden}: write it with BIGTRAIN_UPDATE_GOLDEN=1"
     assert report == golden.read_text(encoding="utf-8")
@@ -65,7 +39,6 @@ def test_gallery_has_no_leftovers() -> None:
     configs = {path.stem for path in GALLERY.glob("*.yaml")}
     others = {path.stem for path in GALLERY.iterdir() if path.suffix in (".txt", ".args")}
     assert others <= configs
-    assert PENDING.keys() <= configs
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", "."])
@@ -119,7 +92,6 @@ def test_problems_are_in_reading_order(tmp_path: Path) -> None:
     ]
 
 
-@known_bug("all 240 divisors are listed; at 400 million samples finding them takes 12 s")
 def test_legal_values_are_a_few(tmp_path: Path) -> None:
     """Those near the one that was given, not hundreds."""
     with pytest.raises(ConfigError) as caught:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
-from unit_helpers import ROOT, known_bug
+from unit_helpers import ROOT
 
 from bigtrain.cli import app
 from bigtrain.config.load import load_config
@@ -51,7 +51,6 @@ def test_schema_file_is_up_to_date() -> None:
     assert json.loads(shipped) == json.loads(result.stdout)
 
 
-@known_bug("editors underline `extends`, which the loader takes")
 def test_schema_knows_extends() -> None:
     assert "extends" in json.loads((ROOT / "configs" / "schema.json").read_text())["properties"]
 

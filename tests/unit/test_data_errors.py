@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from unit_helpers import assert_explained, known_bug
+from unit_helpers import assert_explained
 
 from bigtrain.config.schema import TextData, TokenData
 from bigtrain.data import corpus
@@ -53,11 +53,6 @@ BAD_FILES = {
     "no tokens": npy(np.zeros(0, dtype="uint8")),
     "too short": npy(np.zeros(8, dtype="uint8")),
 }
-KNOWN_BUGS = {
-    "cut archive": "zipfile.BadZipFile",
-    "broken header": "tokenize.TokenError",
-    "no tokens": "ValueError: __len__() should return >= 0",
-}
 
 
 def token_data(path: Path) -> TokenData:
@@ -71,7 +66,7 @@ def text_data(folder: Path, *files: str, **settings: float | str) -> TextData:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=known_bug(KNOWN_BUGS[n])) if n in KNOWN_BUGS else n for n in BAD_FILES],
+    list(BAD_FILES),
 )
 def test_bad_token_file(name: str, tmp_path: Path) -> None:
     path = tmp_path / "tokens.npy"
@@ -96,7 +91,6 @@ def test_no_token_file(name: str, tmp_path: Path) -> None:
     assert_explained(caught.value, "data.validation", str(tmp_path))
 
 
-@known_bug("quotes numpy: load it unsafely, if you trust the file")
 def test_pickle_is_not_advised(tmp_path: Path) -> None:
     """numpy's own text tells to load the file unsafely: not ours."""
     path = tmp_path / "tokens.npy"
@@ -106,7 +100,6 @@ def test_pickle_is_not_advised(tmp_path: Path) -> None:
     assert "unsafely" not in str(caught.value)
 
 
-@known_bug("tokenize.TokenError from numpy's header parser")
 def test_mutated_header(tmp_path: Path) -> None:
     """Whatever is in a header: tokens, or a DataError."""
     dice = random.Random(0)
@@ -152,7 +145,6 @@ def test_path_that_is_no_file(name: str, tmp_path: Path) -> None:
     assert_explained(caught.value, "data.files", "no file matches")
 
 
-@known_bug("ValueError: __len__() should return >= 0")
 @pytest.mark.parametrize(
     "texts",
     [("",), ("", ""), ("hello " * 50, ""), ("", "hello " * 50)],
@@ -167,7 +159,6 @@ def test_empty_text_files(texts: tuple[str, ...], tmp_path: Path) -> None:
     assert_explained(caught.value, "data")
 
 
-@known_bug("ValueError: all files are held out, so none is left to train on")
 def test_large_share_of_few_files(tmp_path: Path) -> None:
     """However large the share that is held out, one file is left to train on."""
     for index in range(3):
@@ -185,7 +176,6 @@ def test_short_text(tmp_path: Path) -> None:
     assert_explained(caught.value, "6 tokens do not make one sample of 8 + 1", "data.seq_len")
 
 
-@known_bug("the text does not say that it is the held-out part which is too short")
 def test_short_text_names_the_part(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello " * 20)
     config = text_data(tmp_path, "a.txt")
@@ -201,7 +191,6 @@ def test_unreadable_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert_explained(caught.value, "data", "Permission denied", "a.txt")
 
 
-@known_bug("FileNotFoundError from packed(): stat() is outside of its try")
 def test_text_that_vanishes(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         corpus.packed([tmp_path / "gone.txt"], 0.1, str(tmp_path / "cache"))
@@ -226,7 +215,6 @@ def test_full_disk_leaves_nothing_half_written(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@known_bug("the mend is for a token file of the user's: write it with numpy.save")
 def test_damaged_cache_is_told_apart(tmp_path: Path) -> None:
     """The user did not write that file, and can only delete it."""
     (tmp_path / "a.txt").write_text("hello " * 50)

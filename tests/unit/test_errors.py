@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from unit_helpers import known_bug
 
 from bigtrain import errors
 from bigtrain.errors import BigtrainError, ConfigError, Problem, Stopped
@@ -133,7 +132,6 @@ def test_without_a_launcher_it_is_printed(
     assert capsys.readouterr().err == "error on rank 3: no file\n  mend: get one\n"
 
 
-@known_bug("15 000 letters é are 90 000 bytes of JSON: it is cut, or the rank waits for ever")
 def test_long_errors_fit_into_the_pipe(report: Report) -> None:
     """Nobody may be reading yet; the end of the text is what tells."""
     assert report_failure(errors.DataError("é" * 200_000 + " the end")) == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from unit_helpers import assert_explained, known_bug
+from unit_helpers import assert_explained
 
 from bigtrain.config.schema import FactoryData
 from bigtrain.data.build import open_data
@@ -151,11 +151,11 @@ def test_samples_that_are_no_dicts(function: str) -> None:
     "function",
     [
         "numbers",
-        pytest.param("nones", marks=known_bug("TypeError of torch's default_collate")),
-        pytest.param("objects", marks=known_bug("TypeError of torch's default_collate")),
-        pytest.param("ragged", marks=known_bug("RuntimeError of torch.stack")),
-        pytest.param("keys_differ", marks=known_bug("KeyError of torch's default_collate")),
-        pytest.param("strings", marks=known_bug("accepted; the trainer then calls str.to(device)")),
+        pytest.param("nones"),
+        pytest.param("objects"),
+        pytest.param("ragged"),
+        pytest.param("keys_differ"),
+        pytest.param("strings"),
     ],
 )
 def test_samples_that_make_no_batch(function: str) -> None:
@@ -164,7 +164,6 @@ def test_samples_that_make_no_batch(function: str) -> None:
     assert_explained(caught.value, "data.factory")
 
 
-@known_bug("the text is the traceback of the loader process")
 def test_error_of_a_loader_process_reads_the_same() -> None:
     with pytest.raises(DataError) as caught:
         first_batches("tuples", num_workers=1)

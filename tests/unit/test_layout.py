@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from unit_helpers import known_bug
 
 from bigtrain.config.layout import AXES, Layout
 from bigtrain.errors import BigtrainError
@@ -85,7 +84,6 @@ def test_bad_degree_is_refused(degree: object) -> None:
     assert "at least 1" in str(caught.value)
 
 
-@known_bug("ZeroDivisionError; ValueError: invalid literal; ValueError: too many values to unpack")
 @pytest.mark.parametrize(
     "degrees", [{"tp": 0, "dp": "auto"}, {"dp": "many"}, {"dp": "auto", "tp": "auto"}], ids=str
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from unit_helpers import known_bug
 
 from bigtrain.launch.output import final_text
 
@@ -26,13 +25,9 @@ from bigtrain.launch.output import final_text
         ("é 😀".encode(), "é 😀".encode()),
         (b"\xff\xfe not UTF-8", b"\xff\xfe not UTF-8"),
         (b"array[0] = (1, 2) [~]", b"array[0] = (1, 2) [~]"),
-        pytest.param(b"a\x1b]0;title\x07b", b"ab", marks=known_bug("a0;title\\x07b")),
-        pytest.param(
-            b"\x1b]8;id=1;http://x\x1b\\link\x1b]8;;\x1b\\",
-            b"link",
-            marks=known_bug("rich's hyperlinks: 8;id=1;http://xlink8;;"),
-        ),
-        pytest.param(b"\x1b(Btext\x1b7\x1b8", b"text", marks=known_bug("stays as it is")),
+        pytest.param(b"a\x1b]0;title\x07b", b"ab"),
+        pytest.param(b"\x1b]8;id=1;http://x\x1b\\link\x1b]8;;\x1b\\", b"link"),
+        pytest.param(b"\x1b(Btext\x1b7\x1b8", b"text"),
     ],
 )
 def test_final_text(printed: bytes, kept: bytes) -> None:

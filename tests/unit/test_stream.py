@@ -9,7 +9,6 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from unit_helpers import known_bug
 
 from bigtrain.data.permutation import shuffled
 from bigtrain.data.stream import TrainStream, rank_positions, validation_batches
@@ -98,7 +97,6 @@ def test_workers_give_the_same_batches(dataset: Squares) -> None:
         source._batches._shutdown_workers()  # see the test below
 
 
-@known_bug("its generators hold it in a cycle; the garbage collector then takes 5 s per worker")
 def test_an_unused_stream_ends_at_once() -> None:
     """And its loader processes with it."""
     source = stream(Squares())

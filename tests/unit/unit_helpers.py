@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from bigtrain.config.load import load_config
 from bigtrain.config.schema import Config
 from bigtrain.errors import BigtrainError
 
 ROOT = Path(__file__).parents[2]
-
-
-def known_bug(reason: str) -> pytest.MarkDecorator:
-    """Mark a test that states what should be. It fails once the bug is mended: remove the mark."""
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 def load_text(folder: Path, text: str, *overrides: str, world_size: int | None = None) -> Config:
