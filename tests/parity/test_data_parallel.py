@@ -20,8 +20,8 @@ from parity_models import BATCH, EPS, MODELS, global_batches, gpt, plain_run
 from torch import nn
 
 from bigtrain.comm.mesh import Mesh
-from bigtrain.optim import AdamW
 from bigtrain.compose import parallelize
+from bigtrain.optim import AdamW
 
 STEPS = 5
 pytestmark = pytest.mark.parity

@@ -14,10 +14,10 @@ from torch import nn
 from bigtrain.comm.buckets import Bucket
 from bigtrain.comm.mesh import Mesh
 from bigtrain.comm.world import World
+from bigtrain.compose import parallelize
 from bigtrain.config.layout import Layout
 from bigtrain.errors import BigtrainError, CommError
 from bigtrain.optim import SGD, AdamW
-from bigtrain.compose import parallelize
 
 pytestmark = pytest.mark.parity
 ALONE = Mesh.build(Layout(), World(), torch.device("cpu"))
@@ -85,6 +85,45 @@ def test_accumulation_does_not_communicate(monkeypatch: pytest.MonkeyPatch) -> N
     assert reduced == []
     path.backward(model(tokens, tokens))
     assert len(reduced) == len(path.buckets)
+
+
+def odd_buffers(mesh: Mesh) -> dict[str, torch.Tensor]:
+    """Buffers that are no plain dense tensors, of several dtypes, replaced by the forward."""
+    model = nn.Linear(2, 1)
+    base = torch.arange(12.0).view(4, 3) + 100 * mesh.rank
+    model.register_buffer("strided", base[:, ::2])
+    model.register_buffer(
+        "order", torch.randperm(5, generator=torch.Generator().manual_seed(mesh.rank))
+    )
+    model.register_buffer("flag", torch.tensor(mesh.rank == 0))
+    path = parallelize(model, mesh)
+    first = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.strided = model.strided + mesh.rank + 1  # a new tensor, differing by rank
+    path.backward(model(torch.ones(1, 2)).sum())
+    path.finish()
+    path.publish()
+    gaps = base[:, 1].clone()
+    return {**first, "later": model.strided.clone(), "gaps": gaps - 100 * mesh.rank}
+
+
+def test_buffers_of_any_kind_are_those_of_the_first_rank(tmp_path: Path) -> None:
+    first, second = run_ranks(odd_buffers, 2, tmp_path)
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), name
+    assert torch.equal(first["later"], torch.tensor([[1.0, 3], [4, 6], [7, 9], [10, 12]]))
+
+
+def test_abandon_forgets_the_step() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    path = parallelize(model, ALONE)
+    before = model[1].running_mean.clone()
+    path.backward(model(torch.randn(5, 3)).sum() * float("nan"), last=False)
+    assert not torch.equal(model[1].running_mean, before)
+    path.abandon()
+    assert torch.equal(model[1].running_mean, before)
+    path.backward(model(torch.randn(5, 3)).square().sum())
+    path.finish()
+    assert path.grad_norm().isfinite()
 
 
 def batch_norm_run(mesh: Mesh) -> dict[str, torch.Tensor]:

@@ -75,8 +75,9 @@ def samples_of_steps(ranks: list[dict]) -> dict[int, list[int]]:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "dropout": {
+    "dropout, another microbatch size on each layout": {
         "model": {"vocab_size": 61, "max_seq_len": 16, "num_layers": 2, "dropout": 0.2},
+        "train": {"steps": 8, "global_batch": 8},
     },
     "uneven-items": {
         "model": {"factory": "parity_factories:masked"},
@@ -233,6 +234,32 @@ def test_only_so_many_updates_are_skipped_in_a_row(tmp_path: Path) -> None:
     text, skipped = run_ranks(nan_run, 1, tmp_path, args=(config,))[0]
     assert "number 10 in a row" in text
     assert len(skipped) == 9
+
+
+def test_a_larger_checkpoint_is_refused(tmp_path: Path) -> None:
+    """A model that is a part of the saved one would otherwise load without a word."""
+    larger = {"vocab_size": 61, "hidden_size": 32, "max_seq_len": 16, "num_layers": 2}
+    run_ranks(train, 1, tmp_path, args=(make_config(tmp_path, model=larger), 1))
+    (text,) = run_ranks(refused, 1, tmp_path, args=(make_config(tmp_path),))
+    assert "tensors that this run has not, like model.blocks.1" in text
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_new_one_kept(tmp_path: Path) -> None:
+    config = make_config(tmp_path, checkpoint={"keep_last": 2})
+    folder = Path(config.run.dir)
+    for step in (1, 2, 3):
+        run_ranks(train, 1, tmp_path, args=(config, step, step > 1))
+    with open(folder / "step-00000003" / "rank-00000.safetensors", "r+b") as file:
+        file.seek(500)
+        file.write(b"\x00\x01\x02")
+    run_ranks(train, 2, tmp_path, args=(config, 4, True))
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["damaged-step-00000003", "step-00000002", "step-00000004"]
+    for path in folder.glob("step-*"):
+        for file in path.iterdir():
+            file.write_bytes(file.read_bytes()[:-1])
+    for text in run_ranks(refused, 2, tmp_path, args=(config,)):
+        assert "all checkpoints" in text
 
 
 def broken_on_one_rank(mesh: Mesh, config: Config) -> str:
