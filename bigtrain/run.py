@@ -207,8 +207,8 @@ def _farewell(trainer: Trainer, folder: RunFolder, validation_loss: float | None
 
 
 def _sample(trainer: Trainer) -> str:
-    """Return text that the model continues from a line of Python or the start of a file."""
-    prompt = torch.tensor(list(b"def "), device=trainer.mesh.device)
+    """Return the first lines of a Python file, as the model continues them."""
+    prompt = torch.tensor(list(b"import os\n\n\ndef "), device=trainer.mesh.device)
     assert isinstance(trainer.model, GPT | Llama)  # config/check.py sees to it
     tokens = generate(
         trainer.model, prompt, trainer.config.eval.generate, seed=trainer.config.run.seed

@@ -225,7 +225,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
-        """Return the mean loss over the first `eval.samples` held-out samples; None for none.
+        """Return the mean loss over `eval.samples` held-out samples; None for none.
 
         Each rank computes a share; two numbers are summed over the data-parallel axis.
         """

@@ -239,7 +239,7 @@ class EvalSection(Section):
     every: Annotated[int, Field(ge=0)] = 0
     """Evaluate every this many steps, and after the last one; 0 only after the last one."""
     samples: Annotated[int, Field(ge=0)] = 128
-    """Held-out samples of an evaluation (the first ones, always the same); 0: no evaluation."""
+    """Held-out samples of an evaluation (always the same ones); 0: no evaluation."""
     generate: Annotated[int, Field(ge=0)] = 0
     """Tokens to generate at the end of the run; 0: none. Byte-level gpt and llama models."""
 

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from bigtrain.data.permutation import derive_seed, shuffled
 from bigtrain.errors import BigtrainError, DataError
 
+_VALIDATION_SHUFFLE = 0
+
 
 def rank_positions(cursor: int, micro: int, microbatch: int, rank: int, degree: int) -> np.ndarray:
     """Return the stream positions of microbatch number `micro` of the step at `cursor`, for `rank`.
@@ -114,13 +116,16 @@ class _Positioned(Dataset):
 def validation_batches(
     dataset: Dataset, num_samples: int, *, seed: int, microbatch: int, rank: int, degree: int
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Yield (samples, batch) of this rank's share of the first `num_samples`, in order.
+    """Yield (samples, batch) of this rank's share of `num_samples` samples from all of `dataset`.
 
-    What the dataset draws for sample i is a function of (seed, i).
+    They are the same ones for every run, seed and layout, scattered by a fixed shuffle. What the
+    dataset draws for sample i is a function of (seed, i).
     """
-    total = min(num_samples, len(dataset))  # type: ignore[arg-type]
+    length = len(dataset)  # type: ignore[arg-type]
+    total = min(num_samples, length)
+    chosen = shuffled(np.arange(total), length, _VALIDATION_SHUFFLE)
     for start in range(rank * microbatch, total, microbatch * degree):
-        indices = list(range(start, min(start + microbatch, total)))
+        indices = chosen[start : start + microbatch].tolist()
         seeds = [derive_seed(seed, 3, index) for index in indices]
         yield len(indices), _collate(_fetch(dataset, indices, seeds))
 
