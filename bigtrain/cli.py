@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bigtrain.errors import BigtrainError
+from bigtrain.errors import BigtrainError, Stopped
 
 if TYPE_CHECKING:
     from bigtrain.config.schema import Config
@@ -49,8 +50,11 @@ def launch(
 
     if resume and restart:
         raise BigtrainError("--resume and --restart exclude each other", mend="give one of them")
-    read, num_ranks = _read(config, overrides)
-    folder, lock = open_run(read, resume=resume, restart=restart)
+    try:
+        read, num_ranks = _read(config, overrides)
+        folder, lock = open_run(read, resume=resume, restart=restart)
+    except KeyboardInterrupt:
+        raise Stopped(signal.SIGINT, "stopped before any rank was started") from None
     threads = threads_per_rank(read, num_ranks)
     job = Job(folder.next_config, folder.logs, num_ranks, threads, resume)
     try:
@@ -134,9 +138,6 @@ def main() -> None:
     except BigtrainError as error:
         _say(f"error: {error}")
         code = error.exit_code
-    except KeyboardInterrupt:
-        _say("stopped before any rank was started")
-        code = 130
     except BrokenPipeError:
         code = 1
     try:

@@ -68,6 +68,7 @@ def report_failure(error: BaseException) -> int:
 
     Errors made for the user have no traceback; all others do.
     """
+    at_once = isinstance(error, KeyboardInterrupt)
     if isinstance(error, KeyboardInterrupt):
         number = getattr(error, "signal_number", signal.SIGINT)
         name = signal.Signals(number).name
@@ -80,6 +81,7 @@ def report_failure(error: BaseException) -> int:
         "exit_code": code,
         "consequence": isinstance(error, CommError),
         "orderly": isinstance(error, Stopped),
+        "at_once": at_once,  # it did not wait for the other ranks, so they must not wait for it
         "time": time.time(),
     }
     rank = os.environ.get("RANK", "0")

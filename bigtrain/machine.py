@@ -1,4 +1,4 @@
-"""What this machine has, asked without torch."""
+"""What this machine has and how it keeps files, asked without torch."""
 
 from __future__ import annotations
 
@@ -28,3 +28,10 @@ def threads_per_rank(config: Config, local_world_size: int) -> int:
     """Return the compute threads of a rank when this machine has `local_world_size` of them."""
     threads = config.launch.threads_per_rank
     return max(1, num_cores() // local_world_size) if threads == "auto" else int(threads)
+
+
+def share(path: Path) -> None:
+    """Give a file the mode that the user's umask wants; some writers make theirs private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)

@@ -213,7 +213,11 @@ def _sample(trainer: Trainer) -> str:
     tokens = generate(
         trainer.model, prompt, trainer.config.eval.generate, seed=trainer.config.run.seed
     )
-    return bytes(token % 256 for token in tokens.tolist()).decode("utf-8", errors="replace")
+    text = bytes(token % 256 for token in tokens.tolist()).decode("utf-8", errors="replace")
+    # What a model says may hold control codes, which a terminal would obey.
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 def _indent(text: str) -> str:

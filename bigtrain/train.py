@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one rank to its end and return the exit code of the process."""
     parser = argparse.ArgumentParser(prog="python -m bigtrain.train")
     parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--restart", action="store_true", help="move an old run aside first")
     options = parser.parse_intermixed_args(arguments)

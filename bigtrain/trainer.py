@@ -1,6 +1,6 @@
 """Training: build everything a rank needs, take steps, evaluate, save, resume.
 
-The Trainer prints nothing and writes nothing but checkpoints; `train.py` drives it.
+The Trainer prints nothing and writes nothing but checkpoints; `run.py` drives it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,7 @@ class Trainer:
         self.stop_signal: int | None = None
         self.dtype = DTYPES[config.train.precision]
         self.microbatch, self.num_microbatches = microbatches_of(config, mesh.layout)
+        seed_everything(config.run.seed)  # for what the factories draw, on every rank alike
         self.source = _open_source(config, mesh)
         seed_everything(config.run.seed)
         self.model = together(lambda: build_model(config.model), mesh.world, "building the model")
@@ -300,7 +302,12 @@ class Trainer:
 
     def _take_up(self, where: Path, manifest: Manifest) -> None:
         state = manifest.state
-        mends = {
+        mends: dict[str, tuple[Any, Any, str]] = {
+            "model": (
+                _architecture(state.config["model"]),
+                _architecture(self.config.model.model_dump()),
+                "set the model section back, or start a new run in another run.dir",
+            ),
             "seed": (state.seed, self.config.run.seed, f"set run.seed={state.seed}"),
             "data": (
                 state.data_fingerprint,
@@ -312,7 +319,7 @@ class Trainer:
             if was != now:
                 raise CheckpointError(
                     f"{where} is of a run with another {name}: {was}, now {now}",
-                    why="the samples that are due next would not be those of that run",
+                    why="it would not go on as the run that it is",
                     mend=mend,
                 )
         blocks = list(self._blocks())
@@ -348,6 +355,12 @@ class Trainer:
                 shape = tuple(tensor.shape)
                 whole = Block.whole(shape)
                 yield NamedBlock(f"model.{name}", shape, whole, tensor.data, dp.rank, dp.degree)
+
+
+def _architecture(model: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a model section that a run cannot change; a factory may change its own."""
+    free = {"dropout", "args", "loss"}
+    return {key: value for key, value in model.items() if key not in free}
 
 
 def _open_source(config: Config, mesh: Mesh) -> DataSource:

@@ -38,7 +38,7 @@ class Job:
         """Return the environment of `rank`: torchrun's names, and what only this launcher sets.
 
         store_fd: the listening socket of the rendezvous. report_fd: where the rank tells how it
-        ended. base: the environment to start from; what the user has set for gloo and OpenMP stays.
+        ended. base: the environment to start from; what the user has set for gloo stays.
         """
         return {
             "OMP_NUM_THREADS": str(self.threads_per_rank),

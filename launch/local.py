@@ -108,6 +108,7 @@ def _start(job: Job, ranks: list[Rank]) -> ScreenAndFile:
 def _start_rank(job: Job, rank: int, listener: socket.socket, screen: ScreenAndFile) -> Rank:
     store_fd, port = listener.fileno(), listener.getsockname()[1]
     report_read, report_write = os.pipe()
+    os.set_blocking(report_read, False)
     # A rank begins with these signals blocked, and hears them once it can tell what happened.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
@@ -161,17 +162,18 @@ def _watch(
 def _collect(ranks: list[Rank], asked: list[int]) -> bool:
     """Note which ranks have ended; return whether one of them has failed.
 
-    A rank that stops because it was asked to has not failed, and one that leaves with exit code 0
-    before its work is done has.
+    A rank that stops with all others because it was asked to has not failed; one that leaves alone
+    has, even with exit code 0.
     """
     failed = False
     for rank in ranks:
         if rank.code is None:
             rank.code = rank.process.poll()
             if rank.code is not None:
+                rank.end()  # whatever it has started and left
                 rank.read_report()
-                orderly = bool(asked) and rank.report.get("orderly")
-                failed = failed or not (rank.report.get("done") or orderly)
+                orderly = rank.report.get("orderly") and not rank.report.get("at_once")
+                failed = failed or not (rank.report.get("done") or (asked and orderly))
     return failed
 
 
@@ -186,11 +188,12 @@ def _outcome(job: Job, ranks: list[Rank], asked: list[int]) -> int:
         raise _failure(first.report["exit_code"], first.report["text"])
     if asked and (first.ended_by_us or (first.code < 0 and not first.report)):
         name = signal.Signals(asked[0]).name
-        raise _failure(128 + asked[0], f"ended by {name} before a step could be saved")
+        raise _failure(128 + asked[0], f"ended by {name} before it could finish a step and save")
     text = first.report.get("text")
     same = [rank.rank for rank in failed if text and rank.report.get("text") == text]
     others = [rank.rank for rank in failed if rank is not first and rank.rank not in same]
-    also = f"\n  (ranks {', '.join(map(str, others))} then ended too)" if others else ""
+    word = "rank" if len(others) == 1 else "ranks"
+    also = f"\n  ({word} {', '.join(map(str, others))} then ended too)" if others else ""
     code = first.code if first.code >= 0 else 128 - first.code
     what = _describe(job, first, same)
     raise _failure(code or 1, f"{what}{also}\n  log:  {job.log(first.rank)}")

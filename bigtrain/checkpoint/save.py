@@ -31,6 +31,7 @@ from bigtrain.comm.block import NamedBlock
 from bigtrain.comm.collectives import all_gather_object
 from bigtrain.comm.mesh import Axis
 from bigtrain.errors import CheckpointError
+from bigtrain.machine import share
 
 
 def save(folder: Path, state: State, blocks: Sequence[NamedBlock], world: Axis) -> Path:
@@ -110,6 +111,7 @@ def _try_write(hidden: Path, blocks: Sequence[NamedBlock], rank: int) -> _Record
     try:
         hidden.mkdir(parents=True, exist_ok=True)
         save_file(payload, hidden / file)
+        share(hidden / file)
         _flush(hidden / file)
         size = (hidden / file).stat().st_size
         expected = sum(t.numel() * t.element_size() for t in payload.values())

@@ -19,6 +19,7 @@ from bigtrain.errors import BigtrainError, CommError
 
 T = TypeVar("T")
 
+_SOURCE_LINE = re.compile(r"^\[[^\]]*:\d+\] ")  # where in the backend's own sources it came from
 # What gloo and NCCL say when a peer is gone. Other errors (memory, a wrong dtype) are not about it.
 _LOST_PEER = re.compile(
     r"connection|closed by peer|reset by peer|broken pipe|socket|nccl|aborted|remote|gloo.*peer",
@@ -84,7 +85,7 @@ def _explained(what: str, axis: Axis) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error).strip().split("\n")[0]
+        text = _SOURCE_LINE.sub("", str(error).strip().split("\n")[0])
         timed_out = "timed out" in text.lower() or "timeout" in text.lower()
         if not (timed_out or isinstance(error, dist.DistError) or _LOST_PEER.search(text)):
             raise
@@ -93,7 +94,10 @@ def _explained(what: str, axis: Axis) -> Iterator[None]:
             f"on rank {axis.ranks[axis.rank]}",
             why=("another rank did not come in time: " if timed_out else "another rank went away: ")
             + text,
-            mend="look at the rank that failed first; parallel.timeout_seconds bounds the wait",
+            mend="find the rank that hangs: its log (logs/rank-*.log) ends before the others' do; "
+            "parallel.timeout_seconds bounds the wait"
+            if timed_out
+            else "look at the rank that failed first",
         ) from error
 
 

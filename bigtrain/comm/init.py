@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 
 import torch
@@ -102,6 +103,7 @@ def leave() -> None:
     """Leave the world, if this process joined one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # gloo's threads must be joined before the interpreter ends, or it aborts
 
 
 def init(
@@ -109,8 +111,8 @@ def init(
 ) -> Mesh:
     """Join the world that a launcher started (or stay alone) and return its mesh.
 
-    For loops of one's own: `bigtrain launch`, torchrun and plain `python` all work. Without a
-    layout, every rank is data parallel. Call `leave()` at the end.
+    For loops of one's own: torchrun, what else sets RANK and WORLD_SIZE, and plain `python` work.
+    Without a layout, every rank is data parallel. Call `leave()` at the end.
 
     Raises:
         LaunchError: the environment makes no sense, or the layout is for another world size.

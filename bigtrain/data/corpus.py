@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from bigtrain.errors import DataError
+from bigtrain.machine import share
 
 _SEPARATOR = b"\n\x00\n"  # between files; a byte that text does not have
 
@@ -128,9 +129,10 @@ def _write(target: Path, tokens: np.ndarray) -> None:
     with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".tmp", delete=False) as file:
         try:
             np.save(file, tokens)
+            share(Path(file.name))
             file.flush()
             os.fsync(file.fileno())
-        except OSError:
+        except BaseException:  # also Ctrl-C: no half of a file stays in the cache
             os.unlink(file.name)
             raise
     os.replace(file.name, target)

@@ -133,10 +133,10 @@ def validation_batches(
 def _fetch(dataset: Any, indices: list[int], seeds: list[int]) -> Any:
     """Return samples, each with its draws seeded, or the batch of a dataset that draws nothing.
 
-    A dataset says that it draws nothing by having `batch(indices)`.
+    A dataset says that it draws nothing by having `read_batch(indices)`.
     """
-    if hasattr(dataset, "batch"):
-        return dataset.batch(indices)
+    if hasattr(dataset, "read_batch"):
+        return dataset.read_batch(indices)
     samples = []
     for index, seed in zip(indices, seeds, strict=True):
         seed_everything(seed)
@@ -155,8 +155,10 @@ def _collate(samples: Any) -> dict[str, torch.Tensor]:
             mend=mend,
         )
     try:
+        if not isinstance(samples, dict) and any(s.keys() != samples[0].keys() for s in samples):
+            raise KeyError(f"the keys are {', '.join(sorted({str(list(s)) for s in samples}))}")
         batch = samples if isinstance(samples, dict) else default_collate(samples)
-    except (TypeError, RuntimeError, KeyError, ValueError) as error:
+    except (AttributeError, TypeError, RuntimeError, KeyError, ValueError) as error:
         raise DataError(
             "the samples of a batch cannot be stacked",
             where="data.factory",

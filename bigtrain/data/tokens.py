@@ -53,7 +53,7 @@ def fingerprint(tokens: np.ndarray) -> str:
 class TokenDataset(torch.utils.data.Dataset):
     """Sample i is tokens [i*T, i*T + T) and, one further on, their targets; windows do not overlap.
 
-    Items are {"tokens": [T] int64, "targets": [T] int64}; `batch` gives many at once.
+    Items are {"tokens": [T] int64, "targets": [T] int64}; `read_batch` gives many at once.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class TokenDataset(torch.utils.data.Dataset):
         return max(0, len(self.tokens) - 1) // self.seq_len
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        batch = self.batch([index])
+        batch = self.read_batch([index])
         return {name: tensor[0] for name, tensor in batch.items()}
 
-    def batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
+    def read_batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
         """Return samples stacked along a new first dim."""
         length = self.seq_len
         windows = np.stack([self.tokens[i * length : i * length + length + 1] for i in indices])

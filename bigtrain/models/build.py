@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -79,4 +80,22 @@ def build_loss(config: GptModel | LlamaModel | FactoryModel) -> LossFunction:
         name = config.loss
         function = import_function(name, where="model.loss")
         return lambda model, batch: Loss(function(model, batch), name)
-    return lambda model, batch: Loss(model(**batch), type(model).__name__)
+    return _call_by_name
+
+
+def _call_by_name(model: nn.Module, batch: Batch) -> Loss:
+    try:
+        result = model(**batch)
+    except TypeError as error:
+        try:
+            inspect.signature(model.forward).bind(**batch)
+        except TypeError:
+            raise BigtrainError(
+                f"{type(model).__name__} cannot be called with ({', '.join(batch)})",
+                where="model.factory",
+                why=f"a batch is passed by name, and {error}",
+                mend="let forward take what the dataset gives, or set model.loss to a function "
+                "loss(model, batch)",
+            ) from error
+        raise
+    return Loss(result, type(model).__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +43,21 @@ class Metrics:
         if self._writer is None:  # at the first record: importing it is slow
             from torch.utils.tensorboard import SummaryWriter
 
+            _silence_full_disk()
             purge = self._resume_step + 1 if self._resume_step else None
             self._writer = SummaryWriter(str(self._tensorboard), purge_step=purge)
         return self._writer
+
+
+def _silence_full_disk() -> None:
+    """Let TensorBoard's writer thread end without a traceback when it cannot write.
+
+    The next record raises the same error where it can be explained.
+    """
+    plain = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not issubclass(arguments.exc_type, OSError):
+            plain(arguments)
+
+    threading.excepthook = hook

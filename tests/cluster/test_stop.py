@@ -98,6 +98,22 @@ def test_stop_in_every_phase(bench: Bench, phase: str, number: signal.Signals) -
         assert f"after step {done}" in again.out
 
 
+def test_ctrl_c_while_ranks_wait_for_one_another(bench: Bench) -> None:
+    """Rank 0 waits for the others to join, deep in native code, where it hears no signal."""
+    run = bench.start(LONG)
+    ranks = run.wait_ranks(2)
+    os.kill(ranks[1], signal.SIGSTOP)  # it is late
+    run.wait_library(ranks[0], "libtorch_cpu")
+    time.sleep(4.0)
+    asked = time.monotonic()
+    run.send(signal.SIGINT)
+    os.kill(ranks[1], signal.SIGCONT)
+    assert run.wait() == 130
+    assert time.monotonic() - asked < GONE, run.shown
+    run.assert_told("stopped by SIGINT")
+    run.assert_clean()
+
+
 def test_ranks_that_stop_wait_for_the_last_one(bench: Bench) -> None:
     """Rank 0 removes old checkpoints, for longer than a failed rank would be given."""
     args = "model.args={slow: 0.05, slow_remove: 4.0}"

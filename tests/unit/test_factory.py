@@ -35,7 +35,7 @@ SOURCE = """
     def objects(split): return Items({"x": object()})
     def strings(split): return Items({"x": "text"})
     def ragged(split): return Items(lambda i: {"x": torch.zeros(i + 1)})
-    def keys_differ(split): return Items(lambda i: {"xy"[i % 2]: 1})
+    def keys_differ(split): return Items(lambda i: {f"key{i}": 1})
     def empty(split): return Items({}, 0)
     def iterator(split): return iter([])
     def nothing(split): pass

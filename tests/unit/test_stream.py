@@ -32,7 +32,7 @@ class Squares(torch.utils.data.Dataset):
 class SquaresInBatches(Squares):
     """The same, giving whole batches."""
 
-    def batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
+    def read_batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
         return {"square": torch.tensor([i * i for i in indices])}
 
 

@@ -24,7 +24,7 @@ def test_windows_and_targets(dtype: str, tmp_path: Path) -> None:
     assert len(dataset) == 3
     assert dataset[2]["tokens"].tolist() == [8, 9, 10, 11]
     assert dataset[2]["targets"].tolist() == [9, 10, 11, 12]
-    batch = dataset.batch([2, 0])
+    batch = dataset.read_batch([2, 0])
     assert batch["tokens"].tolist() == [[8, 9, 10, 11], [0, 1, 2, 3]]
 
 
