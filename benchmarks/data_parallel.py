@@ -31,7 +31,7 @@ import numpy as np
 
 SEQ_LEN, PER_RANK, WARMUP = 128, 4, 3
 MODEL = {"vocab_size": 256, "max_seq_len": SEQ_LEN, "num_layers": 8, "hidden_size": 384}
-LR, CLIP, SEED = 1e-3, 1.0, 1234
+LR, CLIP, SEED = 1e-4, 1.0, 1234
 
 
 def make_config(folder: Path, ranks: int, steps: int) -> Any:

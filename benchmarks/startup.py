@@ -27,7 +27,7 @@ launch: {threads_per_rank: 1}
 """
 
 DDP_SCRIPT = """
-import torch, torch.distributed as dist
+import os, torch, torch.distributed as dist
 from bigtrain.models import GPT
 dist.init_process_group("gloo")
 torch.manual_seed(0)
@@ -39,6 +39,8 @@ loss.backward()
 optimizer.step()
 if dist.get_rank() == 0:
     print("step 1", loss.item(), flush=True)
+dist.barrier()
+os._exit(0)  # torch's own end of a gloo process aborts now and then
 """
 
 

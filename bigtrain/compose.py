@@ -17,7 +17,7 @@ def parallelize(
     mesh: Mesh,
     *,
     dtype: torch.dtype = torch.float32,
-    bucket_mb: float = 8.0,
+    bucket_mb: float = 25.0,
 ) -> GradientPath:
     """Spread `model` over `mesh`, in place, and return the path that its gradients take.
 

@@ -175,7 +175,7 @@ class ParallelSection(Section):
     """Context-parallel degree."""
     pp: PositiveInt = 1
     """Pipeline-parallel degree."""
-    bucket_mb: Annotated[float, Field(gt=0)] = 8.0
+    bucket_mb: Annotated[float, Field(gt=0)] = 25.0
     """Size of a gradient bucket in MiB: what one all-reduce carries."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
     """A collective that waits longer than this for another rank fails."""
