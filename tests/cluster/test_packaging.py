@@ -23,9 +23,9 @@ def test_wheel(tmp_path: Path) -> None:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     (source / "torch.py").write_text("raise SystemExit('torch was imported while building')\n")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-        + ["--wheel-dir", str(tmp_path), str(source)],
+        [*pip, "--wheel-dir", str(tmp_path), str(source)],
         check=True,
         timeout=100,
         env={**os.environ, "PYTHONPATH": str(source)},
