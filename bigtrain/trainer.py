@@ -316,6 +316,8 @@ class Trainer:
             ),
         }
         for name, (was, now, mend) in mends.items():
+            if name == "model":
+                was, now = _differences(was, now)
             if was != now:
                 raise CheckpointError(
                     f"{where} is of a run with another {name}: {was}, now {now}",
@@ -361,6 +363,14 @@ def _architecture(model: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of a model section that a run cannot change; a factory may change its own."""
     free = {"dropout", "args", "loss"}
     return {key: value for key, value in model.items() if key not in free}
+
+
+def _differences(was: dict[str, Any], now: dict[str, Any]) -> tuple[str, str]:
+    """Return what only one of two sections has, each as text."""
+    keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    return tuple(  # type: ignore[return-value]
+        ", ".join(f"{key}={section.get(key)}" for key in keys) for section in (was, now)
+    )
 
 
 def _open_source(config: Config, mesh: Mesh) -> DataSource:

@@ -162,7 +162,7 @@ def test_pruning_does_not_count_damaged_checkpoints(six_steps: Run, shared_bench
         ("run.seed=5", ("another seed: 1234, now 5", "set run.seed=1234")),
         ("data.files=[text/0.txt, text/1.txt]", ("another data", "put the data")),
         ("data.seq_len=16", ("another data", "data.seq_len")),
-        ("model.hidden_size=64", ("has shape", "model of another size")),
+        ("model.hidden_size=64", ("another model: hidden_size=32, now hidden_size=64",)),
         ("optimizer.kind=sgd", ("tensors", "another optimizer")),
     ],
 )
