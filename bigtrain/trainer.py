@@ -24,10 +24,10 @@ from bigtrain.comm.mesh import Mesh
 from bigtrain.compose import parallelize
 from bigtrain.config.check import microbatches_of
 from bigtrain.config.schema import Config
-from bigtrain.data.build import DataSource, open_data, prepare_data
+from bigtrain.data.build import open_source
 from bigtrain.data.permutation import derive_seed
 from bigtrain.data.stream import TrainStream, rank_positions, seed_everything, validation_batches
-from bigtrain.errors import CheckpointError, DataError, NonFiniteError
+from bigtrain.errors import CheckpointError, NonFiniteError
 from bigtrain.lifetime import STOP_SIGNALS
 from bigtrain.models.build import build_loss, build_model, evaluating
 from bigtrain.models.dropout import seed_dropout
@@ -63,7 +63,8 @@ class Trainer:
         self.dtype = DTYPES[config.train.precision]
         self.microbatch, self.num_microbatches = microbatches_of(config, mesh.layout)
         seed_everything(config.run.seed)  # for what the factories draw, on every rank alike
-        self.source = _open_source(config, mesh)
+        vocab_size = getattr(config.model, "vocab_size", None)
+        self.source = open_source(config.data, vocab_size, mesh)
         seed_everything(config.run.seed)
         self.model = together(lambda: build_model(config.model), mesh.world, "building the model")
         self.loss_of = together(lambda: build_loss(config.model), mesh.world, "finding the loss")
@@ -302,10 +303,9 @@ class Trainer:
 
     def _take_up(self, where: Path, manifest: Manifest) -> None:
         state = manifest.state
-        mends: dict[str, tuple[Any, Any, str]] = {
+        must_agree: dict[str, tuple[Any, Any, str]] = {
             "model": (
-                _architecture(state.config["model"]),
-                _architecture(self.config.model.model_dump()),
+                *_differences(state.config["model"], self.config.model.model_dump()),
                 "set the model section back, or start a new run in another run.dir",
             ),
             "seed": (state.seed, self.config.run.seed, f"set run.seed={state.seed}"),
@@ -315,9 +315,7 @@ class Trainer:
                 "put the data and data.seq_len back, or start a new run in another run.dir",
             ),
         }
-        for name, (was, now, mend) in mends.items():
-            if name == "model":
-                was, now = _differences(was, now)
+        for name, (was, now, mend) in must_agree.items():
             if was != now:
                 raise CheckpointError(
                     f"{where} is of a run with another {name}: {was}, now {now}",
@@ -359,41 +357,9 @@ class Trainer:
                 yield NamedBlock(f"model.{name}", shape, whole, tensor.data, dp.rank, dp.degree)
 
 
-def _architecture(model: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of a model section that a run cannot change; a factory may change its own."""
-    free = {"dropout", "args", "loss"}
-    return {key: value for key, value in model.items() if key not in free}
-
-
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> tuple[str, str]:
-    """Return what only one of two sections has, each as text."""
-    keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
-    return tuple(  # type: ignore[return-value]
-        ", ".join(f"{key}={section.get(key)}" for key in keys) for section in (was, now)
-    )
-
-
-def _open_source(config: Config, mesh: Mesh) -> DataSource:
-    """Prepare the data on the first rank of each node, then open it everywhere.
-
-    Raises:
-        DataError: on every rank, if it is wrong on any, or differs between ranks.
-    """
-    world = mesh.world
-    mine = together(
-        lambda: prepare_data(config.data) if mesh.local_rank == 0 else [],
-        world,
-        "preparing the data",
-    )
-    files = all_gather_object(mine, world)[mesh.rank - mesh.local_rank]
-    vocab_size = getattr(config.model, "vocab_size", None)
-    source = together(lambda: open_data(config.data, files, vocab_size), world, "opening the data")
-    marks = all_gather_object(source.fingerprint, world)
-    different = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
-    if different:
-        raise DataError(
-            f"ranks {different} have other data than rank 0",
-            why=f"fingerprints {[marks[rank] for rank in different]} and {marks[0]}",
-            mend="give every node the same files (and, for data.kind=stdlib, the same Python)",
-        )
-    return source
+    """Return what differs between two model sections, as text, but for what a run may change."""
+    free = {"dropout", "args", "loss"}  # a factory may take other arguments
+    keys = [key for key in {**was, **now} if key not in free and was.get(key) != now.get(key)]
+    before, after = (", ".join(f"{k}={section.get(k)}" for k in keys) for section in (was, now))
+    return before, after

@@ -37,7 +37,7 @@ from bigtrain.machine import share
 def save(folder: Path, state: State, blocks: Sequence[NamedBlock], world: Axis) -> Path:
     """Save `blocks` and `state` as the checkpoint of `state.step`; every rank calls this.
 
-    Communicates two small gathers over `world`. Returns the checkpoint's folder.
+    Communicates three small gathers over `world`. Returns the checkpoint's folder.
 
     Raises:
         CheckpointError: on every rank alike, if any rank could not write; nothing is published.

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
+from bigtrain.comm.collectives import all_gather_object, together
+from bigtrain.comm.mesh import Mesh
 from bigtrain.config.schema import FactoryData, StdlibData, TextData, TokenData
 from bigtrain.data.corpus import packed, stdlib_files, text_files
 from bigtrain.data.tokens import WRITE_IT, TokenDataset, fingerprint, ngram_entropies, open_tokens
@@ -93,3 +95,30 @@ def _from_factory(config: FactoryData) -> DataSource:
     items = getattr(train, "items_per_sample", 1)
     mark = json.dumps([config.factory, config.args, len(train)], sort_keys=True, default=str)
     return DataSource(train, validation, items, getattr(train, "unit", "samples"), mark)
+
+
+def open_source(
+    config: StdlibData | TextData | TokenData | FactoryData, vocab_size: int | None, mesh: Mesh
+) -> DataSource:
+    """Prepare the data on the first rank of each node, then open it everywhere.
+
+    Raises:
+        DataError: on every rank, if it is wrong on any, or differs between ranks.
+    """
+    world = mesh.world
+    mine = together(
+        lambda: prepare_data(config) if mesh.local_rank == 0 else [],
+        world,
+        "preparing the data",
+    )
+    files = all_gather_object(mine, world)[mesh.rank - mesh.local_rank]
+    source = together(lambda: open_data(config, files, vocab_size), world, "opening the data")
+    marks = all_gather_object(source.fingerprint, world)
+    different = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
+    if different:
+        raise DataError(
+            f"ranks {different} have other data than rank 0",
+            why=f"fingerprints {[marks[rank] for rank in different]} and {marks[0]}",
+            mend="give every node the same files (and, for data.kind=stdlib, the same Python)",
+        )
+    return source
