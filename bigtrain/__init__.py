@@ -11,15 +11,24 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AdamW": "bigtrain.optim",
     "BigtrainError": "bigtrain.errors",
+    "ColumnParallelLinear": "bigtrain.tensor",
     "GradientPath": "bigtrain.comm.gradient",
     "Layout": "bigtrain.config.layout",
     "Mesh": "bigtrain.comm.mesh",
+    "ParallelAttention": "bigtrain.tensor",
+    "ParallelMLP": "bigtrain.tensor",
+    "RowParallelLinear": "bigtrain.tensor",
     "SGD": "bigtrain.optim",
+    "Style": "bigtrain.tensor",
     "Trainer": "bigtrain.trainer",
+    "VocabParallelCrossEntropy": "bigtrain.tensor",
+    "VocabParallelEmbedding": "bigtrain.tensor",
+    "apply_tensor_parallel": "bigtrain.tensor",
     "init": "bigtrain.comm.init",
     "leave": "bigtrain.comm.init",
     "load_config": "bigtrain.config.load",
     "parallelize": "bigtrain.compose",
+    "vocab_parallel_cross_entropy": "bigtrain.tensor",
 }
 
 if TYPE_CHECKING:
@@ -31,20 +40,40 @@ if TYPE_CHECKING:
     from bigtrain.config.load import load_config
     from bigtrain.errors import BigtrainError
     from bigtrain.optim import SGD, AdamW
+    from bigtrain.tensor import (
+        ColumnParallelLinear,
+        ParallelAttention,
+        ParallelMLP,
+        RowParallelLinear,
+        Style,
+        VocabParallelCrossEntropy,
+        VocabParallelEmbedding,
+        apply_tensor_parallel,
+        vocab_parallel_cross_entropy,
+    )
     from bigtrain.trainer import Trainer
 
 __all__ = [
     "SGD",
     "AdamW",
     "BigtrainError",
+    "ColumnParallelLinear",
     "GradientPath",
     "Layout",
     "Mesh",
+    "ParallelAttention",
+    "ParallelMLP",
+    "RowParallelLinear",
+    "Style",
     "Trainer",
+    "VocabParallelCrossEntropy",
+    "VocabParallelEmbedding",
+    "apply_tensor_parallel",
     "init",
     "leave",
     "load_config",
     "parallelize",
+    "vocab_parallel_cross_entropy",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,8 +61,9 @@ def run(
         stop.finishing = True  # from here on, a signal lets the step end and saves first
         validation_loss = _loop(trainer, folder, console)
         stop.finishing = False
+        sample = _sample(trainer) if config.eval.generate else None
         if mesh.rank == 0:
-            _farewell(trainer, folder, validation_loss)
+            _farewell(trainer, folder, validation_loss, sample)
     leave()
 
 
@@ -105,7 +107,8 @@ def _begin(trainer: Trainer, folder: RunFolder) -> None:
 
 
 def _announce(trainer: Trainer, source: Path | None, resume: bool) -> None:
-    num_params = sum(p.numel() for p in trainer.model.parameters())
+    shards = trainer.path.shards
+    num_params = sum(math.prod(shards[n].shape) for n, _ in trainer.model.named_parameters())
     train, source_unit = trainer.config.train, trainer.source.unit
     log.info(
         "%s  |  %s parameters, %s  |  %d x %s per step = %d rank(s) x %d microbatch(es) of %d",
@@ -180,8 +183,10 @@ def _evaluation_is_due(config: Config, step: int) -> bool:
     return step == config.train.steps or (every > 0 and step % every == 0)
 
 
-def _farewell(trainer: Trainer, folder: RunFolder, validation_loss: float | None) -> None:
-    """Say how good the model is, let it speak, and tell where everything is."""
+def _farewell(
+    trainer: Trainer, folder: RunFolder, validation_loss: float | None, sample: str | None
+) -> None:
+    """Say how good the model is, show what it says, and tell where everything is."""
     config = trainer.config
     references: dict[str, float] = {}
     entropies = trainer.source.entropies()
@@ -194,8 +199,8 @@ def _farewell(trainer: Trainer, folder: RunFolder, validation_loss: float | None
             validation_loss,
             f" nats per token (the held-out text's own {beside})" if beside else "",
         )
-    if config.eval.generate:
-        log.info("a sample of the model:\n%s", _indent(_sample(trainer)))
+    if sample is not None:
+        log.info("a sample of the model:\n%s", _indent(sample))
     with explained_io(folder.path):
         draw_curve(folder.metrics, folder.curve, references)
     last = trainer.checkpoints / checkpoint_name(trainer.step)
@@ -207,11 +212,18 @@ def _farewell(trainer: Trainer, folder: RunFolder, validation_loss: float | None
 
 
 def _sample(trainer: Trainer) -> str:
-    """Return the first lines of a Python file, as the model continues them."""
+    """Return the first lines of a Python file, as the model continues them.
+
+    All ranks do this, since a model that is split speaks with all of them.
+    """
     prompt = torch.tensor(list(b"import os\n\n\ndef "), device=trainer.mesh.device)
     assert isinstance(trainer.model, GPT | Llama)  # config/check.py sees to it
     tokens = generate(
-        trainer.model, prompt, trainer.config.eval.generate, seed=trainer.config.run.seed
+        trainer.model,
+        prompt,
+        trainer.config.eval.generate,
+        seed=trainer.config.run.seed,
+        multiple_of=trainer.mesh.tp.degree,
     )
     text = bytes(token % 256 for token in tokens.tolist()).decode("utf-8", errors="replace")
     # What a model says may hold control codes, which a terminal would obey.

@@ -27,11 +27,12 @@ from bigtrain.config.schema import Config
 from bigtrain.data.build import open_source
 from bigtrain.data.permutation import derive_seed
 from bigtrain.data.stream import TrainStream, rank_positions, seed_everything, validation_batches
-from bigtrain.errors import CheckpointError, NonFiniteError
+from bigtrain.errors import BigtrainError, CheckpointError, NonFiniteError
 from bigtrain.lifetime import STOP_SIGNALS
 from bigtrain.models.build import build_loss, build_model, evaluating
-from bigtrain.models.dropout import seed_dropout
 from bigtrain.observe.records import StepRecord
+from bigtrain.observe.replicas import find_divergence
+from bigtrain.ops.dropout import seed_dropout
 from bigtrain.optim import learning_rate
 from bigtrain.optim.optimizer import build_optimizer
 
@@ -68,8 +69,15 @@ class Trainer:
         seed_everything(config.run.seed)
         self.model = together(lambda: build_model(config.model), mesh.world, "building the model")
         self.loss_of = together(lambda: build_loss(config.model), mesh.world, "finding the loss")
-        bucket_mb = config.parallel.bucket_mb
-        self.path = parallelize(self.model, mesh, dtype=self.dtype, bucket_mb=bucket_mb)
+        self.path = parallelize(
+            self.model,
+            mesh,
+            tensor_plan=config.parallel.tensor_plan,
+            sequence_parallel=config.parallel.sequence_parallel,
+            tp_chunks=config.parallel.tp_chunks,
+            dtype=self.dtype,
+            bucket_mb=config.parallel.bucket_mb,
+        )
         self.optimizer = build_optimizer(self.path.segments(), config.optimizer)
         self._stream: TrainStream | None = None
 
@@ -83,6 +91,9 @@ class Trainer:
         saved = self.step
         while self.step < self.config.train.steps and not self.stop_signal:
             yield self.train_step()
+            every = self.config.parallel.check_replicas_every
+            if every and self.step % every == 0:
+                self.check_replicas()
             if self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0:
                 self.save()
                 saved = self.step
@@ -208,7 +219,8 @@ class Trainer:
         mine = [int(i) for ids, loss in seen if not loss.isfinite() for i in ids[:8]]
         everyone = all_gather_object(mine, self.mesh.world, "search for a NaN")
         guilty = [f"rank {rank} (samples {ids})" for rank, ids in enumerate(everyone) if ids]
-        names = self.path.nonfinite_parameters(gradients=True)
+        bad = all_gather_object(self.path.nonfinite_parameters(gradients=True), self.mesh.world)
+        names = list(dict.fromkeys(name for names in bad for name in names))
         what = f"step {self.step + 1}: " + (
             f"the loss on {' and '.join(guilty)} is NaN or infinite"
             if guilty
@@ -280,12 +292,30 @@ class Trainer:
 
     def _refuse_nonfinite(self) -> None:
         names = self.path.nonfinite_parameters(gradients=False)
-        everyone = [name for names in all_gather_object(names, self.mesh.world) for name in names]
+        bad = all_gather_object(names, self.mesh.world)
+        everyone = list(dict.fromkeys(name for names in bad for name in names))
         if everyone:
             raise NonFiniteError(
                 f"after step {self.step}, {', '.join(everyone[:3])} is NaN or infinite",
                 why="the update overflowed; no checkpoint of it was written",
                 mend="lower optimizer.lr, and --resume from the checkpoint before",
+            )
+
+    def check_replicas(self) -> None:
+        """Compare, bit for bit, what several ranks hold: parameters and optimizer state.
+
+        Communicates one hash a block over all ranks.
+
+        Raises:
+            BigtrainError: on every rank, naming what differs and between which ranks.
+        """
+        differences = find_divergence(self._blocks(), self.mesh.world)
+        if differences:
+            raise BigtrainError(
+                f"after step {self.step}, replicas are not equal: {'; '.join(differences[:3])}",
+                why="a rank computed something else from the same numbers: an operation that is "
+                "not deterministic, a parameter changed by hand, or faulty hardware",
+                mend="resume from the checkpoint before, with run.deterministic=true to find out",
             )
 
     def resume(self) -> Path | None:
@@ -352,9 +382,10 @@ class Trainer:
                 )
             if id(tensor) not in known:
                 known.add(id(tensor))
-                shape = tuple(tensor.shape)
-                whole = Block.whole(shape)
-                yield NamedBlock(f"model.{name}", shape, whole, tensor.data, dp.rank, dp.degree)
+                whole = Block.whole(tensor.shape)
+                yield from path.shards[name].named_blocks(
+                    f"model.{name}", whole, tensor.data, (dp.rank, dp.degree)
+                )
 
 
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> tuple[str, str]:

@@ -25,7 +25,14 @@ from bigtrain.comm.mesh import Mesh
 from bigtrain.comm.world import World
 from bigtrain.config.layout import Layout
 
-COLLECTIVES = ("all_reduce", "broadcast", "all_gather_object")
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather_single",
+    "all_gather_into_tensor",
+    "all_to_all_single",
+    "broadcast",
+    "all_gather_object",
+)
 
 
 def run_ranks(
@@ -119,7 +126,9 @@ def _rank_main(
 def _delay_collectives(rng: random.Random) -> None:
     """Make this (forked) rank come late to every collective, by a few random milliseconds."""
     for name in COLLECTIVES:
-        plain = getattr(dist, name)
+        plain = getattr(dist, name, None)
+        if plain is None:  # another version of torch
+            continue
 
         def late(*args: Any, plain: Callable[..., Any] = plain, **kwargs: Any) -> Any:
             time.sleep(rng.random() * 0.008)

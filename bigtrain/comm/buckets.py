@@ -6,12 +6,13 @@ parameters of one kind (decayed, not decayed) lie side by side, so that a kind i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from bigtrain.comm.block import Shard
 from bigtrain.errors import BigtrainError
 
 _ALIGNMENT = 16  # elements: 64 bytes of fp32, a cache line and a vector register
@@ -19,11 +20,15 @@ _ALIGNMENT = 16  # elements: 64 bytes of fp32, a cache line and a vector registe
 
 @dataclass
 class Slot:
-    """The place of one parameter in its bucket: elements [start, start + numel)."""
+    """The place of one parameter in its bucket: elements [start, start + numel).
+
+    `shard` is what the parameter is of its full tensor.
+    """
 
     name: str
     param: nn.Parameter
     kind: str
+    shard: Shard
     start: int
     # Of the step under way: has a gradient arrived in any microbatch, and in the last one?
     touched: bool = False
@@ -32,6 +37,11 @@ class Slot:
     @property
     def stop(self) -> int:
         return self.start + self.param.numel()
+
+    @property
+    def sort(self) -> tuple[str, int]:
+        """What all parameters of a segment have in common: kind, and number of replicas."""
+        return self.kind, self.shard.num_replicas
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
         """Return this parameter's part of a flat buffer of the bucket, in its own shape."""
@@ -57,21 +67,24 @@ class Bucket:
         return self.params.numel()
 
     def segments(self, start: int, stop: int) -> Iterator[Segment]:
-        """Cut elements [start, stop) where the kind of parameter changes."""
-        kinds = dict.fromkeys(slot.kind for slot in self.slots)
-        for kind in kinds:
-            slots = [slot for slot in self.slots if slot.kind == kind]
+        """Cut elements [start, stop) where the sort of parameter changes."""
+        for sort in dict.fromkeys(slot.sort for slot in self.slots):
+            slots = [slot for slot in self.slots if slot.sort == sort]
             first, last = max(start, slots[0].start), min(stop, slots[-1].stop)
             if first < last:
-                yield Segment(self, kind, first, last)
+                yield Segment(self, *sort, first, last)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A flat stretch of one bucket whose parameters are all of one kind."""
+    """A flat stretch of one bucket whose parameters are all of one kind.
+
+    Each is held by `num_replicas` ranks along the axes that shard the model.
+    """
 
     bucket: Bucket
     kind: str
+    num_replicas: int
     start: int
     stop: int
 
@@ -112,6 +125,7 @@ def build_buckets(
     bucket_mb: float,
     dtype: torch.dtype,
     kind_of: Callable[[str, nn.Parameter], str],
+    shards: Mapping[str, Shard],
 ) -> list[Bucket]:
     """Move the trainable parameters of `model` into flat buckets of about `bucket_mb` MiB of fp32.
 
@@ -121,7 +135,7 @@ def build_buckets(
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
-        _fill(index, group, dtype, kind_of)
+        _fill(index, group, dtype, kind_of, shards)
         for index, group in enumerate(_group(reversed(trainable), bucket_mb))
     ]
 
@@ -146,13 +160,14 @@ def _fill(
     group: list[tuple[str, nn.Parameter]],
     dtype: torch.dtype,
     kind_of: Callable[[str, nn.Parameter], str],
+    shards: Mapping[str, Shard],
 ) -> Bucket:
-    slots: list[Slot] = []
+    slots = [Slot(name, param, kind_of(name, param), shards[name], 0) for name, param in group]
+    slots.sort(key=lambda slot: slot.sort)  # stable
     end = 0
-    labelled = [(kind_of(name, param), name, param) for name, param in group]
-    for kind, name, param in sorted(labelled, key=lambda item: item[0]):  # stable
-        slots.append(Slot(name, param, kind, end))
-        end = -(-slots[-1].stop // _ALIGNMENT) * _ALIGNMENT
+    for slot in slots:
+        slot.start = end
+        end = -(-slot.stop // _ALIGNMENT) * _ALIGNMENT
     device = group[0][1].device
     main_params = torch.zeros(end, dtype=torch.float32, device=device)
     for slot in slots:

@@ -28,12 +28,18 @@ _LOST_PEER = re.compile(
 
 
 class Pending:
-    """A collective under way; `wait` returns when its result may be used."""
+    """A collective under way; `wait` returns its result when it may be used."""
 
-    def __init__(self, work: dist.Work | None, what: str, axis: Axis) -> None:
-        self._work, self._what, self._axis = work, what, axis
+    def __init__(
+        self,
+        work: dist.Work | None,
+        what: str,
+        axis: Axis,
+        result: Callable[[], torch.Tensor],
+    ) -> None:
+        self._work, self._what, self._axis, self._result = work, what, axis, result
 
-    def wait(self) -> None:
+    def wait(self) -> torch.Tensor:
         """Block until done.
 
         Raises:
@@ -43,6 +49,11 @@ class Pending:
             with _explained(self._what, self._axis):
                 self._work.wait()
             self._work = None
+        return self._result()
+
+    def then(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Pending:
+        """Return the same collective with a result that is `change` of this one's."""
+        return Pending(self._work, self._what, self._axis, lambda: change(self._result()))
 
 
 def all_reduce(tensor: torch.Tensor, axis: Axis, what: str = "all_reduce") -> None:
@@ -51,12 +62,62 @@ def all_reduce(tensor: torch.Tensor, axis: Axis, what: str = "all_reduce") -> No
 
 
 def start_all_reduce(tensor: torch.Tensor, axis: Axis, what: str = "all_reduce") -> Pending:
-    """Begin to replace `tensor` by its sum over `axis`; it must not be touched before `wait`."""
+    """Begin to replace `tensor` by its sum over `axis`; it must not be touched before `wait`.
+
+    Wire: 2(n-1)/n of its bytes per rank.
+    """
     assert tensor.is_contiguous()
+    work = None
+    if axis.group is not None and tensor.numel():
+        with _explained(what, axis):
+            work = dist.all_reduce(tensor, group=axis.group, async_op=True)
+    return Pending(work, what, axis, lambda: tensor)
+
+
+def start_all_gather(tensor: torch.Tensor, axis: Axis, what: str = "all_gather") -> Pending:
+    """Begin to collect the tensors of all ranks, of one shape; the result is [degree, *shape].
+
+    Wire: (n-1) times the bytes of `tensor` per rank.
+    """
     if axis.group is None:
-        return Pending(None, what, axis)
+        return Pending(None, what, axis, lambda: tensor[None])
+    own = tensor.contiguous()
+    gathered = own.new_empty((axis.degree, *own.shape))
+    work = None
+    if own.numel():
+        with _explained(what, axis):
+            gather = _newest("all_gather_single", "all_gather_into_tensor")
+            work = gather(gathered.view(-1), own.view(-1), group=axis.group, async_op=True)
+    return Pending(work, what, axis, lambda: gathered)
+
+
+def start_reduce_scatter(tensor: torch.Tensor, axis: Axis, what: str = "reduce_scatter") -> Pending:
+    """Begin to sum `tensor` [degree, *shape] over `axis`; the result is this rank's row, [*shape].
+
+    Wire: (n-1)/n of its bytes per rank. On CPU an all-to-all and a sum here, since the
+    reduce-scatter of gloo sends twice as much.
+    """
+    assert tensor.is_contiguous()
+    assert len(tensor) == axis.degree
+    if axis.group is None or not tensor.numel():
+        return Pending(None, what, axis, lambda: tensor[axis.rank])
     with _explained(what, axis):
-        return Pending(dist.all_reduce(tensor, group=axis.group, async_op=True), what, axis)
+        if tensor.device.type == "cpu":
+            rows = torch.empty_like(tensor)
+            work = dist.all_to_all_single(
+                rows.view(-1), tensor.view(-1), group=axis.group, async_op=True
+            )
+            return Pending(work, what, axis, lambda: rows.sum(0))
+        own = torch.empty_like(tensor[0])
+        scatter = _newest("reduce_scatter_single", "reduce_scatter_tensor")
+        work = scatter(own.view(-1), tensor.view(-1), group=axis.group, async_op=True)
+        return Pending(work, what, axis, lambda: own)
+
+
+def _newest(name: str, before: str) -> Callable[..., dist.Work]:
+    """Return what torch.distributed calls `name` since 2.13 and `before` until then."""
+    function: Callable[..., dist.Work] = getattr(dist, name, None) or getattr(dist, before)
+    return function
 
 
 def broadcast(tensor: torch.Tensor, axis: Axis, what: str = "broadcast") -> None:

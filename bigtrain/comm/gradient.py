@@ -9,16 +9,17 @@ its own data made it compute. What did not take part in a step counts as a zero 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import nn
 
-from bigtrain.comm.block import Block, NamedBlock
+from bigtrain.comm.block import Block, NamedBlock, Shard
 from bigtrain.comm.buckets import Bucket, Segment, Slot
-from bigtrain.comm.collectives import broadcast
+from bigtrain.comm.collectives import all_reduce, broadcast
+from bigtrain.comm.mesh import Axis
 from bigtrain.comm.sync import GradientSync
 from bigtrain.errors import BigtrainError
 
@@ -35,12 +36,24 @@ class GradientPath:
 
     A step is: `backward(loss, last=False)` for all microbatches but the last, `backward(loss)`,
     `finish()`, an optimizer step on `segments()`, `publish()`.
+
+    shards: what each parameter and buffer of the model is of its full tensor, by name.
+    model_axes: the axes along which the model is split.
     """
 
-    def __init__(self, model: nn.Module, buckets: list[Bucket], sync: GradientSync) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        buckets: list[Bucket],
+        sync: GradientSync,
+        shards: Mapping[str, Shard],
+        model_axes: Sequence[Axis] = (),
+    ) -> None:
         self.model = model
         self.buckets = buckets
         self.sync = sync
+        self.shards = shards
+        self.model_axes = model_axes
         self._state = _State.IDLE
         self._in_backward = False
         self._next = 0  # buckets before this one were handed to sync
@@ -147,12 +160,25 @@ class GradientPath:
         return [s for bucket in self.buckets for s in bucket.segments(*self.sync.owned(bucket))]
 
     def grad_norm(self) -> torch.Tensor:
-        """Return the 2-norm of the finished gradient over all parameters, a scalar."""
-        norms = [torch.linalg.vector_norm(segment.main_grads) for segment in self.segments()]
-        return self.sync.sum_over_owners(torch.stack(norms).square().sum()).sqrt()
+        """Return the 2-norm of the finished gradient over all parameters, a scalar.
+
+        What several ranks hold counts once. Communicates one number over each axis that splits
+        the model.
+        """
+        squares = [
+            torch.linalg.vector_norm(segment.main_grads).square() / segment.num_replicas
+            for segment in self.segments()
+        ]
+        total = self.sync.sum_over_owners(torch.stack(squares).sum())
+        for axis in self.model_axes:
+            all_reduce(total, axis, "all_reduce of the gradient norm")
+        return total.sqrt()
 
     def nonfinite_parameters(self, *, gradients: bool) -> list[str]:
-        """Return the names of parameters with a NaN or an infinity, in the gradient or itself."""
+        """Return the names of parameters with a NaN or an infinity, in the gradient or itself.
+
+        Only of what this rank holds.
+        """
         return [
             slot.name
             for bucket in self.buckets
@@ -168,12 +194,12 @@ class GradientPath:
             assert flat.numel() == segment.stop - segment.start
             for slot in segment.bucket.slots:
                 start, stop = max(slot.start, segment.start), min(slot.stop, segment.stop)
-                if slot.kind != segment.kind or start >= stop:
+                if slot.sort != (segment.kind, segment.num_replicas) or start >= stop:
                     continue
                 block = Block.rows(slot.param.shape, start - slot.start, stop - slot.start)
                 part = flat[start - segment.start : stop - segment.start].view(block.sizes)
-                name, shape = prefix + slot.name, tuple(slot.param.shape)
-                yield NamedBlock(name, shape, block, part, *self.sync.replica())
+                replica = self.sync.replica()
+                yield from slot.shard.named_blocks(prefix + slot.name, block, part, replica)
 
     # -- inside --------------------------------------------------------------------------------
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bigtrain.comm.world import World
 from bigtrain.config.layout import AXES, Layout
-from bigtrain.errors import LaunchError
+from bigtrain.errors import BigtrainError, LaunchError
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,41 @@ class Axis:
     rank: int
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, group: Group, name: str = "tp") -> Axis:
+        """Return the axis of whatever says which ranks belong together.
+
+        An axis is itself; a process group or a one-dimensional DeviceMesh of torch is taken as it
+        is; None is this rank alone.
+
+        Raises:
+            BigtrainError: it is none of these, or this rank is not in it.
+        """
+        if isinstance(group, Axis):
+            return group
+        if isinstance(group, DeviceMesh):
+            group = group.get_group() if group.ndim == 1 else None
+        elif group is None:
+            here = dist.get_rank() if dist.is_initialized() else 0
+            return cls(name, 1, 0, (here,), None)
+        if not isinstance(group, dist.ProcessGroup):
+            raise BigtrainError(
+                "this is no group that this rank can use",
+                why="a group is an axis of a Mesh, a process group of torch that this rank is in, "
+                "a one-dimensional DeviceMesh, or None for this rank alone",
+                mend="pass mesh.tp, or what torch.distributed.new_group() returned on its members",
+            )
+        ranks = tuple(dist.get_process_group_ranks(group))
+        degree = len(ranks)
+        return cls(name, degree, dist.get_rank(group), ranks, group if degree > 1 else None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
+        return self  # a copied module talks to the same ranks
+
+
+Group = Axis | dist.ProcessGroup | DeviceMesh | None
+"""What public functions take for the ranks of an axis."""
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,13 @@ def _divisors_near(number: int, wanted: int, most: int = 8) -> str:
 
 
 def _axes_that_exist(config: Config, world_size: int | None) -> Iterator[Problem]:
-    for axis, technique in (("tp", "tensor"), ("cp", "context"), ("pp", "pipeline")):
+    for axis, technique in (("cp", "context"), ("pp", "pipeline")):
         degree = getattr(config.parallel, axis)
         if degree > 1:
             yield Problem(
                 f"parallel.{axis} = {degree}: this version has no {technique} parallelism",
-                why="only the data-parallel axis can be split so far",
-                mend=f"remove parallel.{axis}, and spread the run with parallel.dp",
+                why="only the data- and tensor-parallel axes can be split so far",
+                mend=f"remove parallel.{axis}, and spread the run with parallel.dp or parallel.tp",
                 keys=(f"parallel.{axis}",),
             )
 
@@ -144,6 +144,38 @@ def _heads(config: Config, world_size: int | None) -> Iterator[Problem]:
         )
 
 
+def _tensor(config: Config, world_size: int | None) -> Iterator[Problem]:
+    model, tp = config.model, config.parallel.tp
+    if tp == 1:
+        return
+    if not isinstance(model, FactoryModel):
+        heads = model.num_heads
+        groups = getattr(model, "num_kv_heads", None) or heads
+        legal = [n for n in range(1, heads + 1) if _heads_fit(heads, groups, n)]
+        if not _heads_fit(heads, groups, tp):
+            kinds = f"{heads} heads" + (f" and {groups} key-value heads" if groups < heads else "")
+            yield Problem(
+                f"parallel.tp = {tp} cannot share out {kinds}",
+                why="every rank takes the same number of whole heads"
+                + (", and of key-value heads as many, or one with others" * (groups < heads)),
+                mend=f"set parallel.tp to one of {', '.join(map(str, legal))}",
+                keys=("parallel.tp", "model.num_heads", "model.num_kv_heads"),
+            )
+    seq_len = getattr(config.data, "seq_len", None)
+    if config.parallel.sequence_parallel and seq_len is not None and seq_len % tp:
+        yield Problem(
+            f"data.seq_len = {seq_len} cannot be shared out to parallel.tp = {tp} ranks",
+            why="with parallel.sequence_parallel each rank holds an equal part of every sequence",
+            mend=f"set parallel.tp to one of {_divisors_near(seq_len, tp)}, "
+            f"or data.seq_len to {seq_len // tp * tp or tp}",
+            keys=("data.seq_len", "parallel.tp", "parallel.sequence_parallel"),
+        )
+
+
+def _heads_fit(heads: int, groups: int, degree: int) -> bool:
+    return heads % degree == 0 and (groups % degree == 0 or degree % groups == 0)
+
+
 def _sequence(config: Config, world_size: int | None) -> Iterator[Problem]:
     seq_len = getattr(config.data, "seq_len", None)
     if not isinstance(config.model, GptModel | LlamaModel) or seq_len is None:
@@ -213,6 +245,7 @@ RULES: tuple[Rule, ...] = (
     _world,
     _batch,
     _heads,
+    _tensor,
     _sequence,
     _generate,
     _schedule,

@@ -166,11 +166,33 @@ class FactoryData(FactoryCall):
     """Loader processes per rank; 0 loads in the rank itself."""
 
 
+StyleName = Literal[
+    "column",
+    "column_gather",
+    "row",
+    "row_split",
+    "vocab",
+    "gather",
+    "replicate",
+    "sequence",
+    "scatter_sequence",
+    "gather_sequence",
+]
+
+
 class ParallelSection(Section):
     dp: CountOrAuto = "auto"
     """Data-parallel degree; auto takes what the other degrees leave of the world."""
     tp: PositiveInt = 1
-    """Tensor-parallel degree."""
+    """Tensor-parallel degree: how many ranks share each layer. Must divide the heads."""
+    sequence_parallel: bool = False
+    """Also split norms, dropout and residuals over tensor-parallel ranks, along the sequence."""
+    tensor_plan: dict[str, StyleName] | None = None
+    """Module name patterns and how each is split, for a model that brings no plan of its own."""
+    tp_chunks: PositiveInt = 1
+    """Chunks of a row-parallel product: one is on the wire while the next is computed."""
+    check_replicas_every: Annotated[int, Field(ge=0)] = 0
+    """Every this many steps, compare what several ranks hold, bit for bit; 0: never."""
     cp: PositiveInt = 1
     """Context-parallel degree."""
     pp: PositiveInt = 1

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bigtrain.models.dropout import Dropout
-from bigtrain.models.loss import next_token_loss
+from bigtrain.models.loss import NextTokenLoss
+from bigtrain.ops.dropout import Dropout
+from bigtrain.tensor.plan import Plan, Style
 
 
 class Attention(nn.Module):
@@ -18,16 +19,15 @@ class Attention(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.head_size = hidden_size // num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, length, hidden = x.shape
-        heads = self.qkv(x).view(batch, length, 3, self.num_heads, hidden // self.num_heads)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 x [B, H, T, D]
+        heads = self.qkv(x).unflatten(-1, (3, -1, self.head_size))  # [B, T, 3, H, D]
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.proj(y.transpose(1, 2).reshape(batch, length, hidden))
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -76,7 +76,7 @@ class GPT(nn.Module):
         tie_embeddings: bool = True,
     ) -> None:
         super().__init__()
-        self.max_seq_len = max_seq_len
+        self.max_seq_len, self.num_heads = max_seq_len, num_heads
         self.token_embedding = nn.Embedding(vocab_size, hidden_size)
         self.position_embedding = nn.Embedding(max_seq_len, hidden_size)
         self.dropout = Dropout(dropout)
@@ -85,6 +85,8 @@ class GPT(nn.Module):
         )
         self.norm = nn.LayerNorm(hidden_size)
         self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.logits = nn.Identity()  # tensor parallelism puts them together here
+        self.loss = NextTokenLoss()
         self.apply(self._init)
         for name, param in self.named_parameters():
             if name.endswith(("proj.weight", "down.weight")):
@@ -104,5 +106,25 @@ class GPT(nn.Module):
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
         for block in self.blocks:
             x = block(x)
-        logits = self.head(self.norm(x))
-        return logits if targets is None else next_token_loss(logits, targets)
+        x = self.head(self.norm(x))
+        return self.logits(x) if targets is None else self.loss(x, targets)
+
+    def tensor_plan(self) -> Plan:
+        """Return how tensor parallelism splits this model."""
+        heads = self.num_heads
+        return {
+            "token_embedding": "vocab",
+            "position_embedding": "sequence",
+            "dropout": "sequence",
+            "blocks.*.norm1": "sequence",
+            "blocks.*.attention.qkv": Style("column", units=(heads, heads, heads)),
+            "blocks.*.attention.proj": Style("row", units=(heads,)),
+            "blocks.*.norm2": "sequence",
+            "blocks.*.mlp.up": "column",
+            "blocks.*.mlp.down": "row",
+            "blocks.*.dropout": "sequence",
+            "norm": "sequence",
+            "head": "vocab",
+            "logits": "gather",
+            "loss": "vocab",
+        }

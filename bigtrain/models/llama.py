@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bigtrain.models.loss import next_token_loss
+from bigtrain.models.loss import NextTokenLoss
+from bigtrain.tensor.plan import Plan, Style
 
 
 def rotary_table(max_seq_len: int, head_size: int, theta: float) -> torch.Tensor:
@@ -40,16 +41,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(num_heads * self.head_size, hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        batch, length, _ = x.shape
-
         def split(y: torch.Tensor) -> torch.Tensor:
-            return y.view(batch, length, -1, self.head_size).transpose(1, 2)
+            return y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
         q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))  # [B, H or K, T, D]
         y = F.scaled_dot_product_attention(
             rotate(q, table), rotate(k, table), v, is_causal=True, enable_gqa=True
         )
-        return self.proj(y.transpose(1, 2).reshape(batch, length, -1))
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -106,14 +105,17 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         self.max_seq_len = max_seq_len
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         mlp_size = mlp_size or -(-hidden_size * 8 // 3 // 32) * 32
         self.token_embedding = nn.Embedding(vocab_size, hidden_size)
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, num_kv_heads or num_heads, mlp_size, norm_eps)
+            Block(hidden_size, num_heads, self.num_kv_heads, mlp_size, norm_eps)
             for _ in range(num_layers)
         )
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.logits = nn.Identity()  # tensor parallelism puts them together here
+        self.loss = NextTokenLoss()
         for name, param in self.named_parameters():
             if param.ndim >= 2:
                 branch_end = name.endswith(("proj.weight", "down.weight"))
@@ -127,5 +129,25 @@ class Llama(nn.Module):
         x = self.token_embedding(tokens)
         for block in self.blocks:
             x = block(x, self.table)
-        logits = self.head(self.norm(x))
-        return logits if targets is None else next_token_loss(logits, targets)
+        x = self.head(self.norm(x))
+        return self.logits(x) if targets is None else self.loss(x, targets)
+
+    def tensor_plan(self) -> Plan:
+        """Return how tensor parallelism splits this model."""
+        heads, kv = Style("column", units=(self.num_heads,)), (self.num_kv_heads,)
+        return {
+            "token_embedding": "vocab",
+            "blocks.*.norm1": "sequence",
+            "blocks.*.attention.q": heads,
+            "blocks.*.attention.k": Style("column", units=kv, share=True),
+            "blocks.*.attention.v": Style("column", units=kv, share=True),
+            "blocks.*.attention.proj": Style("row", units=(self.num_heads,)),
+            "blocks.*.norm2": "sequence",
+            "blocks.*.mlp.gate": "column",
+            "blocks.*.mlp.up": "column",
+            "blocks.*.mlp.down": "row",
+            "norm": "sequence",
+            "head": "vocab",
+            "logits": "gather",
+            "loss": "vocab",
+        }

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
-def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross entropy in nats, computed in fp32.
+class NextTokenLoss(nn.CrossEntropyLoss):
+    """The mean cross entropy in nats, computed in fp32.
 
-    logits: [batch, sequence, vocabulary]; targets: [batch, sequence] token ids.
+    forward(logits [batch, sequence, vocabulary], targets [batch, sequence] token ids).
     """
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

@@ -14,7 +14,10 @@ class Dropout(nn.Module):
 
     `sample_seeds` holds one seed for each sample of the coming batch (its dim 0). Each call of
     each layer draws from streams of its own: a function of (sample seed, layer, call). Without
-    seeds it is torch's dropout.
+    seeds it draws as torch's dropout does.
+
+    What is split over ranks draws for the whole tensor and keeps its own part (`split`), so that
+    all ranks together drop what one process would.
     """
 
     def __init__(self, p: float) -> None:
@@ -23,23 +26,37 @@ class Dropout(nn.Module):
         self.layer = 0
         self.sample_seeds: Sequence[int] | None = None
         self._calls = 0
+        self._dim, self._rank, self._degree = 0, 0, 1
+
+    def split(self, dim: int, rank: int, degree: int) -> None:
+        """Declare that inputs are part `rank` of `degree` equal parts along `dim` (not 0)."""
+        self._dim, self._rank, self._degree = dim, rank, degree
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0.0:
             return x
-        if self.sample_seeds is None:
-            return F.dropout(x, self.p)
-        assert len(self.sample_seeds) == len(x)
-        draw = torch.Generator(device=x.device)
-        keep = torch.empty_like(x)
+        if self._degree == 1:
+            return F.dropout(x, self.p) if self.sample_seeds is None else x * self._draw(x)
+        shape = list(x.shape)
+        shape[self._dim] *= self._degree
+        whole = x.new_ones(()).expand(shape)  # no memory
+        mask = F.dropout(whole, self.p) if self.sample_seeds is None else self._draw(whole)
+        return x * mask.chunk(self._degree, self._dim)[self._rank]
+
+    def _draw(self, like: torch.Tensor) -> torch.Tensor:
+        """Return a mask of zeros and 1 / (1 - p), of the shape and dtype of `like`."""
+        assert self.sample_seeds is not None
+        assert len(self.sample_seeds) == len(like)
+        draw = torch.Generator(device=like.device)
+        keep = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         for row, seed in zip(keep, self.sample_seeds, strict=True):
             draw.manual_seed((seed + 1_000_003 * self.layer + 7_919 * self._calls) % 2**63)
             row.bernoulli_(1 - self.p, generator=draw)
         self._calls += 1
-        return x * keep / (1 - self.p)
+        return keep.div_(1 - self.p)
 
     def extra_repr(self) -> str:
-        return f"p={self.p}"
+        return f"p={self.p}" + f", part {self._rank} of {self._degree}" * (self._degree > 1)
 
 
 def seed_dropout(model: nn.Module, sample_seeds: Sequence[int]) -> None:

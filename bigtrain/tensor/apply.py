@@ -1,0 +1,285 @@
+"""Tensor parallelism applied to a model from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigtrain.comm.block import shards_of
+from bigtrain.comm.collectives import broadcast
+from bigtrain.comm.mesh import Axis, Group
+from bigtrain.errors import BigtrainError
+from bigtrain.ops.dropout import Dropout
+from bigtrain.tensor.embedding import VocabParallelEmbedding
+from bigtrain.tensor.linear import ColumnParallelLinear, RowParallelLinear, SharedInput
+from bigtrain.tensor.loss import VocabParallelCrossEntropy
+from bigtrain.tensor.plan import Plan, Style, match_plan
+from bigtrain.tensor.regions import (
+    gather_channels,
+    gather_sequence,
+    split_sequence,
+    sum_gradients,
+)
+from bigtrain.tensor.split import shard_dim
+from bigtrain.tensor.transformers import fit_attention, published_plan
+
+
+def apply_tensor_parallel(
+    model: nn.Module,
+    plan: Plan | None,
+    group: Group,
+    *,
+    sequence_parallel: bool = False,
+    num_chunks: int = 1,
+    device: torch.device | None = None,
+) -> nn.Module:
+    """Split `model` over `group` as `plan` says, in place, and return it.
+
+    plan: module name patterns -> styles (see `bigtrain.tensor.plan`); None: the model's own, which
+    is what its method `tensor_plan()` returns, or for a model of Hugging Face transformers the
+    plan that it publishes.
+
+    Styles, by what they are applied to:
+      column         Linear: ColumnParallelLinear. Dropout: on channels that are split
+      column_gather  Linear: ColumnParallelLinear with gather_output
+      row            Linear: RowParallelLinear
+      row_split      Linear: RowParallelLinear with input_is_parallel=False
+      vocab          Embedding: VocabParallelEmbedding. Linear: ColumnParallelLinear (the output
+                     head). CrossEntropyLoss: VocabParallelCrossEntropy
+      gather         any: its output, split as that of the vocab Linear, is put together
+      replicate      any: works on split channels; the gradients of its parameters are summed
+      sequence       any: works on a part of the sequence; the gradients of its parameters are
+                     summed. Dropout: on that part. Embedding (of positions): its output is cut
+                     to that part
+      scatter_sequence, gather_sequence
+                     any: its output is cut to this rank's part of the sequence, or put together
+
+    The last three do nothing unless `sequence_parallel`. Columns of one parent take in together
+    what they are given where it is the same tensor. Tied parameters stay tied. Every rank starts
+    from the weights and buffers of the group's first rank, which are broadcast. num_chunks: see
+    RowParallelLinear. device: where the model is moved to, layer by layer, so that only its own
+    part must fit there.
+
+    Raises:
+        BigtrainError: the plan matches nothing or twice, names a style that does not fit a module,
+            or a size that cannot be shared out.
+    """
+    chosen = match_plan(model, own_plan(model) if plan is None else plan)
+    site = _Site(Axis.of(group), sequence_parallel, num_chunks, _vocab_size(model, chosen))
+    entrances: dict[str, SharedInput] = {}
+    split: dict[int, nn.Parameter] = {}  # id of a full parameter -> what this rank has of it
+    full: list[nn.Parameter] = []  # keeps those ids taken
+    for name, style in chosen.items():
+        old, parent = model.get_submodule(name), name.rpartition(".")[0]
+        if device is not None:
+            old.to(device)
+        entrance = entrances.setdefault(parent, SharedInput())
+        try:
+            new = _CONVERT[style.kind](old, style, site, entrance)
+        except BigtrainError as error:
+            it = error.problem
+            raise BigtrainError(it.what, where=f"plan: {name}", why=it.why, mend=it.mend) from error
+        if new is old:
+            continue
+        for own, param in old.named_parameters(recurse=False):
+            full.append(param)
+            setattr(new, own, split.setdefault(id(param), getattr(new, own)))
+        model.set_submodule(name, new)
+    _refuse_half_ties(model, split)
+    fit_attention(model)
+    model.to(device)
+    broadcast_replicated(model, site.axis)
+    return model
+
+
+def own_plan(model: nn.Module) -> Plan:
+    """Return the plan that a model brings along.
+
+    Raises:
+        BigtrainError: it brings none.
+    """
+    own = getattr(model, "tensor_plan", None)
+    plan: Plan | None = own() if callable(own) else published_plan(model)
+    if plan is None:
+        raise BigtrainError(
+            f"{type(model).__name__} brings no plan of how to split it over tensor-parallel ranks",
+            why="it has no method tensor_plan(), and is no transformers model that publishes one",
+            mend="give a plan (parallel.tensor_plan in a config), like "
+            "{'layers.*.up': 'column', 'layers.*.down': 'row'}, or add that method",
+        )
+    return plan
+
+
+@dataclass(frozen=True)
+class _Site:
+    """What all modules of one model are split with."""
+
+    axis: Axis
+    sequence: bool
+    num_chunks: int
+    vocab_size: int | None
+
+
+def _vocab_size(model: nn.Module, chosen: dict[str, Style]) -> int | None:
+    """Return the output features of the one Linear that is split by vocabulary, if there is one."""
+    sizes = {
+        module.out_features
+        for name, style in chosen.items()
+        if style.kind == "vocab" and isinstance(module := model.get_submodule(name), nn.Linear)
+    }
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _refuse_half_ties(model: nn.Module, split: dict[int, nn.Parameter]) -> None:
+    for name, param in model.named_parameters():
+        if id(param) in split:
+            raise BigtrainError(
+                f"{name} is tied to a parameter that the plan splits",
+                why="one of the two would be split and the other not",
+                mend=f"name {name.rpartition('.')[0]} in the plan too, or untie it",
+            )
+
+
+def broadcast_replicated(model: nn.Module, axis: Axis) -> None:
+    """Give every rank of `axis` the first rank's parameters and buffers, but for split ones."""
+    shards = shards_of(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name not in shards:
+            broadcast(tensor, axis, f"broadcast of {name}")
+
+
+# -- styles: each returns what takes the place of a module, or the module itself ------------------
+
+
+def _misfit(module: nn.Module, style: Style, why: str) -> BigtrainError:
+    return BigtrainError(
+        f"the style {style.kind} does not fit a {type(module).__name__}",
+        why=why,
+        mend="give it another style, or leave it out of the plan",
+    )
+
+
+def _column(module: nn.Module, style: Style, site: _Site, entrance: SharedInput) -> nn.Module:
+    if isinstance(module, nn.Dropout | Dropout):
+        return _split_dropout(module, -1, site.axis)
+    if not isinstance(module, nn.Linear):
+        raise _misfit(module, style, "output features of a torch.nn.Linear can be split")
+    return ColumnParallelLinear(
+        module.in_features,
+        module.out_features,
+        site.axis,
+        linear=module,
+        gather_output=style.kind == "column_gather",
+        sequence_parallel=site.sequence,
+        units=style.units,
+        share=style.share,
+        shared_input=entrance,
+    )
+
+
+def _row(module: nn.Module, style: Style, site: _Site, entrance: SharedInput) -> nn.Module:
+    if not isinstance(module, nn.Linear):
+        raise _misfit(module, style, "input features of a torch.nn.Linear can be split")
+    return RowParallelLinear(
+        module.in_features,
+        module.out_features,
+        site.axis,
+        linear=module,
+        input_is_parallel=style.kind == "row",
+        sequence_parallel=site.sequence,
+        units=style.units,
+        num_chunks=site.num_chunks,
+    )
+
+
+def _vocab(module: nn.Module, style: Style, site: _Site, entrance: SharedInput) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        return _column(module, style, site, entrance)
+    if isinstance(module, nn.Embedding):
+        return VocabParallelEmbedding(
+            module.num_embeddings,
+            module.embedding_dim,
+            site.axis,
+            embedding=module,
+            sequence_parallel=site.sequence,
+        )
+    if not isinstance(module, nn.CrossEntropyLoss):
+        raise _misfit(module, style, "it is for Linear, Embedding and CrossEntropyLoss")
+    if module.weight is not None:
+        raise _misfit(module, style, "class weights cannot be split")
+    return VocabParallelCrossEntropy(
+        site.axis,
+        vocab_size=site.vocab_size,
+        label_smoothing=module.label_smoothing,
+        ignore_index=module.ignore_index,
+        reduction=module.reduction,
+    )
+
+
+def _gather(module: nn.Module, style: Style, site: _Site, entrance: SharedInput) -> nn.Module:
+    if site.vocab_size is None:
+        raise _misfit(module, style, "the plan has not exactly one Linear with the style vocab")
+    degree = site.axis.degree
+    shards = [shard_dim((site.vocab_size,), 0, degree, rank) for rank in range(degree)]
+    return _change_output(module, partial(gather_channels, axis=site.axis, shards=shards))
+
+
+def _replicate(module: nn.Module, style: Style, site: _Site, entrance: SharedInput) -> nn.Module:
+    sum_gradients(module, site.axis)
+    return module
+
+
+def _sequence(module: nn.Module, style: Style, site: _Site, entrance: SharedInput) -> nn.Module:
+    if not site.sequence:
+        return module
+    if isinstance(module, nn.Dropout | Dropout):
+        return _split_dropout(module, -2, site.axis)
+    if isinstance(module, nn.Embedding):  # backward gathers, so its gradient is whole
+        return _change_output(module, partial(split_sequence, axis=site.axis))
+    sum_gradients(module, site.axis)
+    return module
+
+
+def _scatter(module: nn.Module, style: Style, site: _Site, entrance: SharedInput) -> nn.Module:
+    if site.sequence:
+        _change_output(module, partial(split_sequence, axis=site.axis))
+    return module
+
+
+def _unscatter(module: nn.Module, style: Style, site: _Site, entrance: SharedInput) -> nn.Module:
+    if site.sequence:
+        _change_output(module, partial(gather_sequence, axis=site.axis))
+    return module
+
+
+def _split_dropout(module: nn.Dropout | Dropout, dim: int, axis: Axis) -> nn.Module:
+    new = Dropout(module.p)
+    new.split(dim, axis.rank, axis.degree)
+    return new.train(module.training)
+
+
+def _change_output(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return change(output)
+
+    module.register_forward_hook(hook)
+    return module
+
+
+_CONVERT: dict[str, Callable[[nn.Module, Style, _Site, SharedInput], nn.Module]] = {
+    "column": _column,
+    "column_gather": _column,
+    "row": _row,
+    "row_split": _row,
+    "vocab": _vocab,
+    "gather": _gather,
+    "replicate": _replicate,
+    "sequence": _sequence,
+    "scatter_sequence": _scatter,
+    "gather_sequence": _unscatter,
+}

@@ -1,0 +1,166 @@
+"""Cross entropy of logits whose vocabulary is split over the ranks of an axis.
+
+Logits are never gathered: each rank reduces its own to four numbers a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from bigtrain.comm.collectives import start_all_gather
+from bigtrain.comm.mesh import Axis, Group
+from bigtrain.errors import BigtrainError
+from bigtrain.tensor.embedding import refuse_outside
+from bigtrain.tensor.split import even_split
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Loss of each token [N] fp32 of own logits [N, v]; targets [N] are in the full vocabulary."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        axis: Axis,
+        vocab_size: int,
+        smoothing: float,
+        z_loss: float,
+        ignore_index: int,
+    ) -> torch.Tensor:
+        start, stop = even_split(vocab_size, axis.degree, axis.rank)
+        valid = targets != ignore_index
+        mine = valid & (targets >= start) & (targets < stop)
+        own = (targets - start).masked_fill(~mine, 0)[:, None]
+        x = logits.float()
+        if stop > start:
+            most = x.amax(-1)
+            total = (x - most[:, None]).exp_().sum(-1)
+            wanted = x.gather(-1, own)[:, 0].masked_fill(~mine, 0.0)
+        else:  # more ranks than words
+            most, total = x.new_full((len(x),), -torch.inf), x.new_zeros(len(x))
+            wanted = x.new_zeros(len(x))
+        numbers = [most, total, wanted] + [x.sum(-1)] * (smoothing > 0)
+        everyone = start_all_gather(torch.stack(numbers), axis, "all_gather of the loss").wait()
+        highest = everyone[:, 0].amax(0)
+        scaled = everyone[:, 1] * (everyone[:, 0] - highest).exp()
+        log_sum = highest + scaled.sum(0).log()
+        loss = log_sum - everyone[:, 2].sum(0)
+        if smoothing:
+            uniform = log_sum - everyone[:, 3].sum(0) / vocab_size
+            loss = (1 - smoothing) * loss + smoothing * uniform
+        if z_loss:
+            loss = loss + z_loss * log_sum.square()
+        ctx.save_for_backward(logits, log_sum, own, mine, valid)
+        ctx.smoothing, ctx.z_loss, ctx.vocab_size = smoothing, z_loss, vocab_size
+        return loss.masked_fill(~valid, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        logits, log_sum, own, mine, valid = ctx.saved_tensors
+        scale = grad.masked_fill(~valid, 0.0)
+        result = (logits.float() - log_sum[:, None]).exp_()  # this rank's part of the softmax
+        if ctx.z_loss:
+            result *= (1 + 2 * ctx.z_loss * log_sum)[:, None]
+        if ctx.smoothing:
+            result -= ctx.smoothing / ctx.vocab_size
+        if result.shape[1]:
+            result.scatter_add_(1, own, -(1 - ctx.smoothing) * mine[:, None].float())
+        result *= scale[:, None]
+        return result.to(logits.dtype), None, None, None, None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    group: Group = None,
+    *,
+    vocab_size: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Return the cross entropy in nats, fp32, the same bits on all ranks of the group.
+
+        loss = (1 - s) (L - x[target]) + s (L - mean(x)) + z L^2,  L = log sum exp x
+
+    logits: [..., own part of the vocabulary], as a ColumnParallelLinear of vocab_size output
+    features gives it; targets: [...] ids in the full vocabulary. Computed in fp32 whatever the
+    dtype. s is `label_smoothing` as torch defines it; `z_loss` keeps L near zero
+    (https://arxiv.org/abs/2204.02311). Tokens whose target is `ignore_index` count nothing.
+    reduction: mean over the tokens that count (NaN if there are none, as in torch), sum, or none.
+    vocab_size: needed where it does not divide evenly; else own part times degree.
+
+    Communicates forward an all-gather of three fp32 numbers a token (four with label smoothing),
+    n-1 times 12 (16) bytes a token; backward nothing.
+
+    Raises:
+        BigtrainError: shapes that do not fit, a target outside of the vocabulary.
+    """
+    axis = Axis.of(group)
+    vocab_size = vocab_size or logits.shape[-1] * axis.degree
+    start, stop = even_split(vocab_size, axis.degree, axis.rank)
+    if logits.shape[:-1] != targets.shape or logits.shape[-1] != stop - start:
+        raise BigtrainError(
+            f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not fit together",
+            why=f"of a vocabulary of {vocab_size} this rank ({axis.rank} of {axis.degree}) has "
+            f"{stop - start} columns, and every token has a target",
+            mend="pass the own part of the logits (no gather_output), and vocab_size if the "
+            "vocabulary does not divide by the degree",
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise BigtrainError(f"reduction is {reduction!r}", mend="use mean, sum or none")
+    refuse_outside(targets, vocab_size, "target", ignore_index)
+    losses: torch.Tensor = _CrossEntropy.apply(
+        logits.flatten(0, -2) if logits.ndim > 1 else logits[None],
+        targets.flatten(),
+        axis,
+        vocab_size,
+        label_smoothing,
+        z_loss,
+        ignore_index,
+    )
+    if reduction == "none":
+        return losses.view(targets.shape)
+    total = losses.sum()
+    return total if reduction == "sum" else total / (targets != ignore_index).sum()
+
+
+class VocabParallelCrossEntropy(nn.Module):
+    """`vocab_parallel_cross_entropy` as a module, in place of nn.CrossEntropyLoss."""
+
+    def __init__(
+        self,
+        group: Group = None,
+        *,
+        vocab_size: int | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.axis, self.vocab_size = Axis.of(group), vocab_size
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.ignore_index, self.reduction = ignore_index, reduction
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return vocab_parallel_cross_entropy(
+            logits,
+            targets,
+            self.axis,
+            vocab_size=self.vocab_size,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return f"vocab_size={self.vocab_size}, rank {self.axis.rank} of {self.axis.degree}"
