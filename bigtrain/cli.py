@@ -85,7 +85,7 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     typer.echo(f"{config}: good")
     typer.echo(f"  ranks   {num_ranks} here = {layout}")
     typer.echo(
-        f"  step    {train.global_batch} samples = {layout.dp} rank(s) x "
+        f"  step    {train.global_batch} samples = {layout.dp} replica(s) x "
         f"{count} microbatch(es) x {size}"
     )
     typer.echo(f"  run     {train.steps} steps in {train.precision}, into {read.run.dir}")

@@ -111,7 +111,7 @@ def _announce(trainer: Trainer, source: Path | None, resume: bool) -> None:
     num_params = sum(math.prod(shards[n].shape) for n, _ in trainer.model.named_parameters())
     train, source_unit = trainer.config.train, trainer.source.unit
     log.info(
-        "%s  |  %s parameters, %s  |  %d x %s per step = %d rank(s) x %d microbatch(es) of %d",
+        "%s  |  %s parameters, %s  |  %d x %s per step = %d replica(s) x %d microbatch(es) of %d",
         trainer.mesh,
         f"{num_params:,}",
         train.precision,

@@ -60,9 +60,14 @@ class Job:
 
 
 def num_local_ranks(config: Config) -> int:
-    """Return how many ranks the config starts here: what it fixes, else one per GPU or core."""
+    """Return how many ranks the config starts here: what it fixes, else one per GPU or core.
+
+    Of those, as many as make whole replicas of the model, and at least one replica.
+    """
     fixed = fixed_world_size(config)
     if fixed is not None:
         return fixed
     gpus = 0 if config.run.device == "cpu" else num_gpus(os.environ)
-    return gpus or num_cores()
+    parallel = config.parallel
+    per_replica = parallel.pp * parallel.cp * parallel.tp
+    return max(1, (gpus or num_cores()) // per_replica) * per_replica

@@ -14,135 +14,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from bigtrain.comm.block import Shard
-from bigtrain.comm.collectives import broadcast, start_all_reduce
+from bigtrain.comm.collectives import broadcast
 from bigtrain.comm.mesh import Axis, Group
 from bigtrain.errors import BigtrainError
-from bigtrain.tensor.regions import (
-    gather_channels,
-    split_channels,
-    start_gather_sequence,
-    start_scatter_sum,
-    sum_gradients,
-)
+from bigtrain.tensor.products import ColumnProduct, Enter, RowProduct, Visit
+from bigtrain.tensor.regions import gather_channels, split_channels, sum_gradients
 from bigtrain.tensor.split import shard_dim
-
-
-class _Visit:
-    """One passage of an input through the layers that share it; see SharedInput."""
-
-    def __init__(self, axis: Axis, sequence: bool, num_layers: int) -> None:
-        self.axis, self.sequence = axis, sequence
-        # Gradients of the layers' outputs, kept until the weights' gradients are computed.
-        self.grads: list[torch.Tensor | None] = [None] * num_layers
-
-
-class _Enter(torch.autograd.Function):
-    """Identity, or all-gather of the sequence; backward sums the input's gradient over the axis.
-
-    The gradients of the weights inside are computed here too, while that sum is on the wire.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, visit: _Visit, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        ctx.visit = visit
-        ctx.save_for_backward(x)  # of a sequence only this rank's part
-        return start_gather_sequence(x, visit.axis).wait() if visit.sequence else x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        visit, axis = ctx.visit, ctx.visit.axis
-        (x,) = ctx.saved_tensors
-        gathering = start_gather_sequence(x, axis) if visit.sequence else None
-        summing = None
-        if ctx.needs_input_grad[1] and visit.sequence:
-            summing = start_scatter_sum(grad, axis)
-        elif ctx.needs_input_grad[1]:
-            summing = start_all_reduce(grad.contiguous(), axis, "all_reduce of a gradient")
-        full = x if gathering is None else gathering.wait()
-        grads, visit.grads = visit.grads, [None] * len(visit.grads)
-        weight_grads = [
-            _weight_grad(g, full) if g is not None and needed else None
-            for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)
-        ]
-        return None, None if summing is None else summing.wait(), *weight_grads
-
-
-class _ColumnProduct(torch.autograd.Function):
-    """x @ weight.T + bias; leaves the gradient of the weight to _Enter."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        visit: _Visit,
-        index: int,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        ctx.visit, ctx.index, ctx.has_bias = visit, index, bias is not None
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        (weight,) = ctx.saved_tensors
-        ctx.visit.grads[ctx.index] = grad
-        bias_grad = _bias_grad(grad) if ctx.has_bias and ctx.needs_input_grad[4] else None
-        return None, None, grad @ weight, None, bias_grad
-
-
-class _RowProduct(torch.autograd.Function):
-    """The sum over the axis of x @ weight.T, whole or as this rank's part of the sequence.
-
-    Rows of x (dim 0) go in `num_chunks` chunks: while one is on the wire, the next is multiplied.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        axis: Axis,
-        sequence: bool,
-        num_chunks: int,
-    ) -> torch.Tensor:
-        ctx.axis, ctx.sequence = axis, sequence
-        ctx.save_for_backward(x, weight)
-        if sequence:
-            pending = [
-                start_scatter_sum(F.linear(part, weight), axis) for part in x.chunk(num_chunks)
-            ]
-        else:
-            pending = [
-                start_all_reduce(F.linear(part, weight), axis, "all_reduce of activations")
-                for part in x.chunk(num_chunks)
-            ]
-        done = [each.wait() for each in pending]
-        return done[0] if len(done) == 1 else torch.cat(done)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        full = start_gather_sequence(grad, ctx.axis).wait() if ctx.sequence else grad
-        input_grad = full @ weight if ctx.needs_input_grad[0] else None
-        weight_grad = _weight_grad(full, x) if ctx.needs_input_grad[1] else None
-        return input_grad, weight_grad, None, None, None
-
-
-def _weight_grad(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-
-
-def _bias_grad(grad: torch.Tensor) -> torch.Tensor:
-    return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
 class SharedInput:
@@ -155,7 +35,8 @@ class SharedInput:
     def __init__(self) -> None:
         self.layers: list[ColumnParallelLinear] = []
         self._key: tuple[Any, ...] | None = None
-        self._entered: tuple[_Visit, torch.Tensor] | None = None
+        self._input: torch.Tensor | None = None
+        self._entered: tuple[Visit, torch.Tensor, torch.Tensor] | None = None
         self._served: set[int] = set()
 
     def join(self, layer: ColumnParallelLinear) -> int:
@@ -163,15 +44,16 @@ class SharedInput:
         self.layers.append(layer)
         return len(self.layers) - 1
 
-    def enter(self, index: int, x: torch.Tensor) -> tuple[_Visit, torch.Tensor]:
-        """Return the visit of x and x as layer `index` shall see it."""
+    def enter(self, index: int, x: torch.Tensor) -> tuple[Visit, torch.Tensor, torch.Tensor]:
+        """Return the visit of x, x as this rank holds it, and x as layer `index` shall see it."""
         version = 0 if x.is_inference() else x._version
         key = (id(x), version, x.dtype, torch.is_grad_enabled())
         if self._entered is None or self._key != key or index in self._served:
             layer = self.layers[index]
-            visit = _Visit(layer.axis, layer.sequence_parallel, len(self.layers))
+            visit = Visit(layer.axis, layer.sequence_parallel, len(self.layers))
             weights = [_as_autocast(each.weight) for each in self.layers]
-            self._entered = visit, _Enter.apply(visit, _as_autocast(x), *weights)
+            own = _as_autocast(x)
+            self._entered = visit, own.detach(), Enter.apply(visit, own, *weights)
             # x itself is kept beside its id, so that no other tensor can take that id.
             self._key, self._input, self._served = key, x, set()
         entered = self._entered
@@ -179,8 +61,6 @@ class SharedInput:
         if len(self._served) == len(self.layers):
             self._entered = self._key = self._input = None
         return entered
-
-    _input: torch.Tensor | None = None
 
 
 def _as_autocast(x: torch.Tensor) -> torch.Tensor:
@@ -318,10 +198,10 @@ class ColumnParallelLinear(_ParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_input(self, x, self.weight, self.in_features)
-        visit, entered = self._shared.enter(self._index, x)
+        visit, own, entered = self._shared.enter(self._index, x)
         bias = None if self.bias is None else _as_autocast(self.bias)
         weight = _as_autocast(self.weight).detach()
-        y: torch.Tensor = _ColumnProduct.apply(visit, self._index, entered, weight, bias)
+        y: torch.Tensor = ColumnProduct.apply(visit, self._index, own, entered, weight, bias)
         return gather_channels(y, self.axis, self.channels) if self.gather_output else y
 
     def extra_repr(self) -> str:
@@ -344,8 +224,8 @@ class RowParallelLinear(_ParallelLinear):
 
     Communicates, for Y of b bytes and degree n: forward an all-reduce, 2(n-1)/n b; backward
     nothing. With sequence_parallel (b for the whole sequence) forward a reduce-scatter, backward an
-    all-gather of dY, (n-1)/n b each, and an all-reduce of the gradient of the bias. With
-    input_is_parallel=False also backward an all-gather of dX.
+    all-gather of dY, (n-1)/n b each. With input_is_parallel=False also backward an all-gather of
+    dX.
 
     Raises:
         BigtrainError: units that cannot be shared out, a wrong shape or dtype.
@@ -371,22 +251,21 @@ class RowParallelLinear(_ParallelLinear):
         super().__init__(linear, group, 1, units, share=False)
         self.input_is_parallel, self.num_chunks = input_is_parallel, num_chunks
         self.sequence_parallel = sequence_parallel and self.axis.degree > 1
-        if self.sequence_parallel and self.bias is not None:
-            sum_gradients(self, self.axis, ["bias"])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         own = self.weight.shape[1]
         _check_input(self, x, self.weight, own if self.input_is_parallel else self.in_features)
         if not self.input_is_parallel:
             x = split_channels(x, self.axis, self.channels)
-        y: torch.Tensor = _RowProduct.apply(
+        y: torch.Tensor = RowProduct.apply(
             _as_autocast(x),
             _as_autocast(self.weight),
+            None if self.bias is None else _as_autocast(self.bias),
             self.axis,
             self.sequence_parallel,
             max(1, min(self.num_chunks, len(x))) if x.ndim > 1 else 1,
         )
-        return y if self.bias is None else y + _as_autocast(self.bias)
+        return y
 
     def extra_repr(self) -> str:
         flags = ", input_is_parallel=False" * (not self.input_is_parallel)

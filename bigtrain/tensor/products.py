@@ -1,0 +1,157 @@
+"""The products of the parallel linear layers: autograd functions that multiply and communicate.
+
+Where a product and a collective do not need each other, the collective is on the wire meanwhile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from bigtrain.comm.collectives import Pending, start_all_reduce
+from bigtrain.comm.mesh import Axis
+from bigtrain.tensor.regions import start_gather_sequence, start_scatter_sum
+
+
+class Visit:
+    """One passage of an input through the layers that share it; see SharedInput."""
+
+    def __init__(self, axis: Axis, sequence: bool, num_layers: int) -> None:
+        self.axis, self.sequence = axis, sequence
+        # In backward: gradients of the layers' outputs, until the weights' gradients are computed,
+        # and the sequence on its way to be whole again.
+        self.grads: list[torch.Tensor | None] = [None] * num_layers
+        self.gathering: Pending | None = None
+
+
+class Enter(torch.autograd.Function):
+    """Identity, or all-gather of the sequence; backward sums the input's gradient over the axis.
+
+    The gradients of the weights inside are computed here too, while that sum is on the wire.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, visit: Visit, own: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.visit = visit
+        if visit.sequence:
+            return start_gather_sequence(own, visit.axis).wait()
+        ctx.save_for_backward(own)
+        return own.view_as(own)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        visit, axis = ctx.visit, ctx.visit.axis
+        grads, visit.grads = visit.grads, [None] * len(visit.grads)
+        gathering, visit.gathering = visit.gathering, None
+        summing = None
+        if ctx.needs_input_grad[1] and visit.sequence:
+            summing = start_scatter_sum(grad, axis)
+        elif ctx.needs_input_grad[1]:
+            summing = start_all_reduce(grad.contiguous(), axis, "all_reduce of a gradient")
+        full = gathering.wait() if gathering is not None else ctx.saved_tensors[0]
+        weight_grads = [
+            _weight_grad(g, full) if g is not None and needed else None
+            for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)
+        ]
+        return None, None if summing is None else summing.wait(), *weight_grads
+
+
+class ColumnProduct(torch.autograd.Function):
+    """x @ weight.T + bias, of x as `Enter` gave it; leaves the gradient of the weight to Enter.
+
+    Of a sequence only this rank's part, `own`, is kept. Backward gathers it again while the
+    gradient of x is computed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        visit: Visit,
+        index: int,
+        own: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.visit, ctx.index = visit, index
+        ctx.save_for_backward(weight, *[own] * visit.sequence)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        weight, *own = ctx.saved_tensors
+        visit: Visit = ctx.visit
+        if own and visit.gathering is None:
+            visit.gathering = start_gather_sequence(own[0], visit.axis)
+        visit.grads[ctx.index] = grad
+        bias_grad = _bias_grad(grad) if ctx.needs_input_grad[5] else None
+        return None, None, None, grad @ weight, None, bias_grad
+
+
+class RowProduct(torch.autograd.Function):
+    """The sum over the axis of x @ weight.T, plus bias; whole, or this rank's part of the sequence.
+
+    The bias goes into the product of the first rank, so that it costs no pass of its own. Rows of
+    x (dim 0) go in `num_chunks` chunks: while one is on the wire, the next is multiplied.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        axis: Axis,
+        sequence: bool,
+        num_chunks: int,
+    ) -> torch.Tensor:
+        ctx.axis, ctx.sequence = axis, sequence
+        ctx.save_for_backward(x, weight)
+        own_bias = bias if axis.rank == 0 else None
+        parts = x.chunk(num_chunks)
+        if sequence:
+            pending = [start_scatter_sum(F.linear(part, weight, own_bias), axis) for part in parts]
+            done = [each.wait() for each in pending]
+            return done[0] if len(done) == 1 else torch.cat(done)
+        y = x.new_empty((*x.shape[:-1], len(weight)))
+        pending = []
+        for part, out in zip(parts, y.chunk(num_chunks), strict=True):
+            _linear_into(out, part, weight, own_bias)
+            pending.append(start_all_reduce(out, axis, "all_reduce of activations"))
+        for each in pending:
+            each.wait()
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        full = start_gather_sequence(grad, ctx.axis).wait() if ctx.sequence else grad
+        input_grad = full @ weight if ctx.needs_input_grad[0] else None
+        weight_grad = _weight_grad(full, x) if ctx.needs_input_grad[1] else None
+        bias_grad = _bias_grad(full) if ctx.needs_input_grad[2] else None
+        return input_grad, weight_grad, bias_grad, None, None, None
+
+
+def _linear_into(
+    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Write x @ weight.T + bias into `out`, which is contiguous."""
+    flat, rows = out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1])
+    if bias is None:
+        torch.mm(rows, weight.T, out=flat)
+    else:
+        torch.addmm(bias, rows, weight.T, out=flat)
+
+
+def _weight_grad(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+
+def _bias_grad(grad: torch.Tensor) -> torch.Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
