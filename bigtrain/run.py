@@ -139,7 +139,9 @@ def _loop(trainer: Trainer, folder: RunFolder, console: Console | None) -> float
     with explained_io(folder.path):
         metrics = Metrics(folder.metrics, folder.tensorboard, trainer.step) if rank == 0 else None
         ids = folder.samples / f"rank-{rank}.jsonl"
-        samples = JsonLines(ids) if config.log.sample_ids else None
+        mesh = trainer.mesh
+    reads = config.log.sample_ids and mesh.pp.rank == mesh.cp.rank == mesh.tp.rank == 0
+    samples = JsonLines(ids) if reads else None  # ranks of one replica read the same
 
     def record_it(record: StepRecord | EvalRecord) -> None:
         with explained_io(folder.path):

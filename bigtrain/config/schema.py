@@ -279,7 +279,7 @@ class LogSection(Section):
     every: PositiveInt = 10
     """Steps between two lines on the screen; metrics.jsonl has every step."""
     sample_ids: bool = False
-    """Record the ids of the samples of every step in samples/rank-N.jsonl of the run folder."""
+    """Record the samples of every step in samples/rank-N.jsonl, N the first rank of a replica."""
 
 
 class LaunchSection(Section):
