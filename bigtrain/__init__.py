@@ -28,10 +28,12 @@ _PUBLIC = {
     "leave": "bigtrain.comm.init",
     "load_config": "bigtrain.config.load",
     "parallelize": "bigtrain.compose",
+    "shards_of": "bigtrain.comm.block",
     "vocab_parallel_cross_entropy": "bigtrain.tensor",
 }
 
 if TYPE_CHECKING:
+    from bigtrain.comm.block import shards_of
     from bigtrain.comm.gradient import GradientPath
     from bigtrain.comm.init import init, leave
     from bigtrain.comm.mesh import Mesh
@@ -73,6 +75,7 @@ __all__ = [
     "leave",
     "load_config",
     "parallelize",
+    "shards_of",
     "vocab_parallel_cross_entropy",
 ]
 

@@ -225,7 +225,7 @@ def _sample(trainer: Trainer) -> str:
         prompt,
         trainer.config.eval.generate,
         seed=trainer.config.run.seed,
-        multiple_of=trainer.mesh.tp.degree,
+        multiple_of=trainer.mesh.tp.degree if trainer.config.parallel.sequence_parallel else 1,
     )
     text = bytes(token % 256 for token in tokens.tolist()).decode("utf-8", errors="replace")
     # What a model says may hold control codes, which a terminal would obey.

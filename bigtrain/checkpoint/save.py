@@ -125,11 +125,12 @@ def _try_write(hidden: Path, blocks: Sequence[NamedBlock], rank: int) -> _Record
 def _share(blocks: Sequence[NamedBlock]) -> list[NamedBlock]:
     """Return the blocks that this rank writes: of replicas, the one with the least so far.
 
-    All replicas of a block see the same list, so they agree without talking.
+    All replicas of a block hold the same blocks, but not always in the same order (where shards
+    differ in size, so do buckets). Taken by name, they agree without talking.
     """
     mine = []
     load: dict[int, list[int]] = {}
-    for block in blocks:
+    for block in sorted(blocks, key=lambda block: (block.name, block.block.offsets)):
         bytes_so_far = load.setdefault(block.num_replicas, [0] * block.num_replicas)
         writer = bytes_so_far.index(min(bytes_so_far))
         bytes_so_far[writer] += block.tensor.numel() * block.tensor.element_size()

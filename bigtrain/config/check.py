@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
-from bigtrain.config.layout import Layout
+from bigtrain.config.layout import Layout, legal_head_degrees
 from bigtrain.config.schema import Config, FactoryModel, GptModel, LlamaModel, SgdOptimizer
 from bigtrain.errors import BigtrainError, Problem
 
@@ -146,34 +146,30 @@ def _heads(config: Config, world_size: int | None) -> Iterator[Problem]:
 
 def _tensor(config: Config, world_size: int | None) -> Iterator[Problem]:
     model, tp = config.model, config.parallel.tp
-    if tp == 1:
-        return
+    legal = None
     if not isinstance(model, FactoryModel):
         heads = model.num_heads
-        groups = getattr(model, "num_kv_heads", None) or heads
-        legal = [n for n in range(1, heads + 1) if _heads_fit(heads, groups, n)]
-        if not _heads_fit(heads, groups, tp):
-            kinds = f"{heads} heads" + (f" and {groups} key-value heads" if groups < heads else "")
-            yield Problem(
-                f"parallel.tp = {tp} cannot share out {kinds}",
-                why="every rank takes the same number of whole heads"
-                + (", and of key-value heads as many, or one with others" * (groups < heads)),
-                mend=f"set parallel.tp to one of {', '.join(map(str, legal))}",
-                keys=("parallel.tp", "model.num_heads", "model.num_kv_heads"),
-            )
+        kv_heads = getattr(model, "num_kv_heads", None) or heads
+        legal = legal_head_degrees(heads, kv_heads)
+    if legal and tp not in legal:
+        kinds = f"{heads} heads" + f" and {kv_heads} key-value heads" * (kv_heads < heads)
+        yield Problem(
+            f"parallel.tp = {tp} cannot share out {kinds}",
+            why="every rank takes as many whole heads as the others"
+            + "; of key-value heads too, or equally many ranks share each" * (kv_heads < heads),
+            mend=f"set parallel.tp to one of {', '.join(map(str, legal))}",
+            keys=("parallel.tp", "model.num_heads", "model.num_kv_heads"),
+        )
     seq_len = getattr(config.data, "seq_len", None)
     if config.parallel.sequence_parallel and seq_len is not None and seq_len % tp:
+        degrees = [n for n in legal or range(1, tp + 1) if seq_len % n == 0]
         yield Problem(
             f"data.seq_len = {seq_len} cannot be shared out to parallel.tp = {tp} ranks",
             why="with parallel.sequence_parallel each rank holds an equal part of every sequence",
-            mend=f"set parallel.tp to one of {_divisors_near(seq_len, tp)}, "
-            f"or data.seq_len to {seq_len // tp * tp or tp}",
+            mend=f"set data.seq_len to {seq_len // tp * tp or tp}, "
+            f"or parallel.tp to one of {', '.join(map(str, degrees))}",
             keys=("data.seq_len", "parallel.tp", "parallel.sequence_parallel"),
         )
-
-
-def _heads_fit(heads: int, groups: int, degree: int) -> bool:
-    return heads % degree == 0 and (groups % degree == 0 or degree % groups == 0)
 
 
 def _sequence(config: Config, world_size: int | None) -> Iterator[Problem]:

@@ -12,6 +12,19 @@ AXES = ("pp", "dp", "cp", "tp")
 """Axes of a mesh, outermost first: neighbouring ranks differ in tp, so that tp is inside a node."""
 
 
+def legal_head_degrees(num_heads: int, num_kv_heads: int) -> list[int]:
+    """Return the tensor-parallel degrees that attention heads can be shared out to.
+
+    Query heads must divide by the degree. Key-value heads must too, or the degree by them: then
+    as many ranks share each.
+    """
+    return [
+        degree
+        for degree in range(1, num_heads + 1)
+        if num_heads % degree == 0 and (num_kv_heads % degree == 0 or degree % num_kv_heads == 0)
+    ]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How many ways each axis splits the world.

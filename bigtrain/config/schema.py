@@ -175,6 +175,7 @@ StyleName = Literal[
     "gather",
     "replicate",
     "sequence",
+    "whole",
     "scatter_sequence",
     "gather_sequence",
 ]

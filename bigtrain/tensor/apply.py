@@ -56,21 +56,25 @@ def apply_tensor_parallel(
       sequence       any: works on a part of the sequence; the gradients of its parameters are
                      summed. Dropout: on that part. Embedding (of positions): its output is cut
                      to that part
+      whole          any: stays as it is, and works on the whole sequence
       scatter_sequence, gather_sequence
                      any: its output is cut to this rank's part of the sequence, or put together
 
-    The last three do nothing unless `sequence_parallel`. Columns of one parent take in together
-    what they are given where it is the same tensor. Tied parameters stay tied. Every rank starts
-    from the weights and buffers of the group's first rank, which are broadcast. num_chunks: see
-    RowParallelLinear. device: where the model is moved to, layer by layer, so that only its own
-    part must fit there.
+    The sequence styles do nothing unless `sequence_parallel`; then every module with parameters
+    needs a style. Columns of one parent take in together what they are given where it is the same
+    tensor. Tied parameters stay tied. Every rank starts from the weights and buffers of the group's
+    first rank, which are broadcast. num_chunks: see RowParallelLinear. device: where the model is
+    moved to, layer by layer, so that only its own part must fit there.
 
     Raises:
         BigtrainError: the plan matches nothing or twice, names a style that does not fit a module,
             or a size that cannot be shared out.
     """
     chosen = match_plan(model, own_plan(model) if plan is None else plan)
-    site = _Site(Axis.of(group), sequence_parallel, num_chunks, _vocab_size(model, chosen))
+    axis = Axis.of(group)
+    if sequence_parallel and axis.degree > 1:
+        _refuse_unclear_sequence(model, chosen)
+    site = _Site(axis, sequence_parallel, num_chunks, _vocab_size(model, chosen))
     entrances: dict[str, SharedInput] = {}
     split: dict[int, nn.Parameter] = {}  # id of a full parameter -> what this rank has of it
     full: list[nn.Parameter] = []  # keeps those ids taken
@@ -115,6 +119,37 @@ def own_plan(model: nn.Module) -> Plan:
     return plan
 
 
+def _refuse_unclear_sequence(model: nn.Module, chosen: dict[str, Style]) -> None:
+    """Refuse sequence parallelism with a plan that does not say what works on which part of it.
+
+    A column layer would take a whole sequence for a part, a norm would keep a part of its gradient,
+    and neither would show.
+    """
+    enters = [
+        name
+        for name, style in chosen.items()
+        if style.kind in ("sequence", "scatter_sequence")
+        or (style.kind == "vocab" and isinstance(model.get_submodule(name), nn.Embedding))
+    ]
+    unclear = [
+        name
+        for name, module in model.named_modules()
+        if name not in chosen and any(True for _ in module.parameters(recurse=False))
+    ]
+    if not enters or unclear:
+        raise BigtrainError(
+            f"{type(model).__name__} with sequence_parallel: the plan "
+            + (
+                f"does not say whether {', '.join(unclear[:3])} works on a part of the sequence"
+                if enters
+                else "never splits the sequence"
+            ),
+            why="gradients of what works on a part are summed over the ranks, others must not be",
+            mend="give each module with parameters a style, like sequence (works on a part) or "
+            "whole, or leave sequence_parallel off",
+        )
+
+
 @dataclass(frozen=True)
 class _Site:
     """What all modules of one model are split with."""
@@ -156,6 +191,16 @@ def broadcast_replicated(model: nn.Module, axis: Axis) -> None:
 # -- styles: each returns what takes the place of a module, or the module itself ------------------
 
 
+def _refuse_extras(module: nn.Module, style: Style, kind: type[nn.Module]) -> None:
+    """Refuse what would be lost with a module that is replaced."""
+    if type(module).forward is not kind.forward:
+        raise _misfit(module, style, "it computes something of its own, which would be lost")
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        raise _misfit(module, style, "it has hooks, which would be lost")
+    if nn.utils.parametrize.is_parametrized(module):
+        raise _misfit(module, style, "it is parametrized (weight_norm), which would be lost")
+
+
 def _misfit(module: nn.Module, style: Style, why: str) -> BigtrainError:
     return BigtrainError(
         f"the style {style.kind} does not fit a {type(module).__name__}",
@@ -169,6 +214,7 @@ def _column(module: nn.Module, style: Style, site: _Site, entrance: SharedInput)
         return _split_dropout(module, -1, site.axis)
     if not isinstance(module, nn.Linear):
         raise _misfit(module, style, "output features of a torch.nn.Linear can be split")
+    _refuse_extras(module, style, nn.Linear)
     return ColumnParallelLinear(
         module.in_features,
         module.out_features,
@@ -185,6 +231,7 @@ def _column(module: nn.Module, style: Style, site: _Site, entrance: SharedInput)
 def _row(module: nn.Module, style: Style, site: _Site, entrance: SharedInput) -> nn.Module:
     if not isinstance(module, nn.Linear):
         raise _misfit(module, style, "input features of a torch.nn.Linear can be split")
+    _refuse_extras(module, style, nn.Linear)
     return RowParallelLinear(
         module.in_features,
         module.out_features,
@@ -201,6 +248,7 @@ def _vocab(module: nn.Module, style: Style, site: _Site, entrance: SharedInput) 
     if isinstance(module, nn.Linear):
         return _column(module, style, site, entrance)
     if isinstance(module, nn.Embedding):
+        _refuse_extras(module, style, nn.Embedding)
         return VocabParallelEmbedding(
             module.num_embeddings,
             module.embedding_dim,
@@ -226,7 +274,7 @@ def _gather(module: nn.Module, style: Style, site: _Site, entrance: SharedInput)
         raise _misfit(module, style, "the plan has not exactly one Linear with the style vocab")
     degree = site.axis.degree
     shards = [shard_dim((site.vocab_size,), 0, degree, rank) for rank in range(degree)]
-    return _change_output(module, partial(gather_channels, axis=site.axis, shards=shards))
+    return _change_output(module, partial(gather_channels, group=site.axis, shards=shards))
 
 
 def _replicate(module: nn.Module, style: Style, site: _Site, entrance: SharedInput) -> nn.Module:
@@ -240,20 +288,20 @@ def _sequence(module: nn.Module, style: Style, site: _Site, entrance: SharedInpu
     if isinstance(module, nn.Dropout | Dropout):
         return _split_dropout(module, -2, site.axis)
     if isinstance(module, nn.Embedding):  # backward gathers, so its gradient is whole
-        return _change_output(module, partial(split_sequence, axis=site.axis))
+        return _change_output(module, partial(split_sequence, group=site.axis))
     sum_gradients(module, site.axis)
     return module
 
 
 def _scatter(module: nn.Module, style: Style, site: _Site, entrance: SharedInput) -> nn.Module:
     if site.sequence:
-        _change_output(module, partial(split_sequence, axis=site.axis))
+        _change_output(module, partial(split_sequence, group=site.axis))
     return module
 
 
 def _unscatter(module: nn.Module, style: Style, site: _Site, entrance: SharedInput) -> nn.Module:
     if site.sequence:
-        _change_output(module, partial(gather_sequence, axis=site.axis))
+        _change_output(module, partial(gather_sequence, group=site.axis))
     return module
 
 
@@ -280,6 +328,7 @@ _CONVERT: dict[str, Callable[[nn.Module, Style, _Site, SharedInput], nn.Module]]
     "gather": _gather,
     "replicate": _replicate,
     "sequence": _sequence,
+    "whole": lambda module, *_: module,
     "scatter_sequence": _scatter,
     "gather_sequence": _unscatter,
 }

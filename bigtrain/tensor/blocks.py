@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bigtrain.comm.mesh import Axis, Group
+from bigtrain.config.layout import legal_head_degrees
 from bigtrain.errors import BigtrainError
 from bigtrain.ops.dropout import Dropout
 from bigtrain.tensor.linear import ColumnParallelLinear, RowParallelLinear, SharedInput
@@ -64,6 +65,15 @@ class ParallelAttention(nn.Module):
                 f"{num_kv_heads} key-value heads",
                 why="heads divide the hidden size, and key-value heads divide the heads",
                 mend="choose num_heads and num_kv_heads so, or give head_size",
+            )
+        legal = legal_head_degrees(num_heads, num_kv_heads)
+        if axis.degree not in legal:
+            raise BigtrainError(
+                f"ParallelAttention: {num_heads} heads and {num_kv_heads} key-value heads cannot "
+                f"be shared out to {axis.degree} ranks",
+                why="every rank takes as many whole heads as the others; of key-value heads too, "
+                "or equally many ranks share each",
+                mend=f"use a tensor-parallel degree of {', '.join(map(str, legal))}",
             )
         self.head_size = head_size or hidden_size // num_heads
         self.causal, inner = causal, num_heads * self.head_size

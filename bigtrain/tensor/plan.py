@@ -45,6 +45,12 @@ def match_plan(model: nn.Module, plan: Plan) -> dict[str, Style]:
     Raises:
         BigtrainError: a pattern matches nothing, two match one module, or a style is unknown.
     """
+    if not plan:
+        raise BigtrainError(
+            "the plan is empty",
+            why="it would split nothing, and every rank would do the same work",
+            mend="name the modules to split, or use a degree of 1",
+        )
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     chosen: dict[str, tuple[str, Style]] = {}
     for pattern, given in plan.items():

@@ -21,7 +21,7 @@ from bigtrain.comm.collectives import (
     start_all_reduce,
     start_reduce_scatter,
 )
-from bigtrain.comm.mesh import Axis
+from bigtrain.comm.mesh import Axis, Group
 from bigtrain.errors import BigtrainError
 
 
@@ -48,7 +48,7 @@ class _SumGradients:
 
 
 def sum_gradients(
-    module: nn.Module, axis: Axis, names: Sequence[str] = (), sharers: int | None = None
+    module: nn.Module, group: Group, names: Sequence[str] = (), sharers: int | None = None
 ) -> None:
     """Let parameters of which each rank computes a part of the gradient get the sum of the parts.
 
@@ -58,6 +58,7 @@ def sum_gradients(
     pass and parameter: an all-reduce over the axis, 2(n-1)/n of the gradient's bytes, or for some
     sharers an all-gather, n-1 times its bytes. All holders get the same bits.
     """
+    axis = Axis.of(group)
     if axis.degree > 1:
         chosen = names or [name for name, _ in module.named_parameters()]
         module.register_forward_pre_hook(_SumGradients(chosen, axis, sharers or axis.degree))
@@ -75,8 +76,9 @@ class _Reduce(torch.autograd.Function):
         return grad, None
 
 
-def reduce_sum(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Sum x over the axis. Forward: all-reduce, 2(n-1)/n of its bytes. Backward: nothing."""
+def reduce_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Sum x over the group. Forward: all-reduce, 2(n-1)/n of its bytes. Backward: nothing."""
+    axis = Axis.of(group)
     return x if axis.group is None else _Reduce.apply(x, axis)
 
 
@@ -94,19 +96,21 @@ class _ScatterSequence(torch.autograd.Function):
         return start_gather_sequence(grad, ctx.axis).wait(), None, None
 
 
-def reduce_to_sequence(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+def reduce_to_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Sum x over the axis and keep this rank's part of the sequence.
 
     Forward: reduce-scatter, (n-1)/n of the bytes of x. Backward: all-gather, as much.
     """
+    axis = Axis.of(group)
     return x if axis.group is None else _ScatterSequence.apply(x, axis, True)
 
 
-def split_sequence(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+def split_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Keep this rank's part of the sequence of x, which is the same on all ranks.
 
     Forward: nothing. Backward: all-gather, (n-1)/n of the bytes of x.
     """
+    axis = Axis.of(group)
     return x if axis.group is None else _ScatterSequence.apply(x, axis, False)
 
 
@@ -122,11 +126,12 @@ class _GatherSequence(torch.autograd.Function):
         return _own_part(grad, ctx.axis), None
 
 
-def gather_sequence(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+def gather_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Put the parts of the sequence together, for what every rank then does alike.
 
     Forward: all-gather, n-1 times the bytes of x. Backward: nothing.
     """
+    axis = Axis.of(group)
     return x if axis.group is None else _GatherSequence.apply(x, axis)
 
 
@@ -172,7 +177,7 @@ def _collect_channels(x: torch.Tensor, axis: Axis, shards: Sequence[Shard]) -> t
 
 
 def _own_channels(x: torch.Tensor, shard: Shard) -> torch.Tensor:
-    return shard.take(x.movedim(-1, 0)).movedim(0, -1).contiguous()
+    return torch.cat([x[..., piece.full.slices[0]] for piece in shard.pieces], -1)
 
 
 class _GatherChannels(torch.autograd.Function):
@@ -187,12 +192,13 @@ class _GatherChannels(torch.autograd.Function):
         return _own_channels(grad, ctx.shard), None, None
 
 
-def gather_channels(x: torch.Tensor, axis: Axis, shards: Sequence[Shard]) -> torch.Tensor:
+def gather_channels(x: torch.Tensor, group: Group, shards: Sequence[Shard]) -> torch.Tensor:
     """Put the last dim together; `shards` says for each rank which channels it has (dim 0).
 
     Forward: all-gather of x, padded to the widest rank, n-1 times its bytes. Backward: nothing,
     since every rank then does the same.
     """
+    axis = Axis.of(group)
     return x if axis.group is None else _GatherChannels.apply(x, axis, shards)
 
 
@@ -208,9 +214,10 @@ class _SplitChannels(torch.autograd.Function):
         return _collect_channels(grad, ctx.axis, ctx.shards), None, None
 
 
-def split_channels(x: torch.Tensor, axis: Axis, shards: Sequence[Shard]) -> torch.Tensor:
+def split_channels(x: torch.Tensor, group: Group, shards: Sequence[Shard]) -> torch.Tensor:
     """Keep this rank's channels of x, which is the same on all ranks; see `gather_channels`.
 
     Forward: nothing. Backward: all-gather of the gradient, n-1 times the bytes of this rank's part.
     """
+    axis = Axis.of(group)
     return x if axis.group is None else _SplitChannels.apply(x, axis, shards)

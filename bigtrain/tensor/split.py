@@ -21,10 +21,9 @@ def even_split(size: int, degree: int, rank: int) -> tuple[int, int]:
     return start, start + small + (rank < more)
 
 
-def legal_degrees(num_units: int, share: bool = False) -> list[int]:
-    """Return the degrees that `num_units` can be shared out to; with `share`, a few beyond."""
-    degrees = [n for n in range(1, num_units + 1) if num_units % n == 0]
-    return degrees + [num_units * n for n in (2, 4, 8)] * share
+def legal_degrees(num_units: int) -> list[int]:
+    """Return the degrees that `num_units` whole units can be shared out to evenly."""
+    return [n for n in range(1, num_units + 1) if num_units % n == 0]
 
 
 def shard_dim(
@@ -56,11 +55,12 @@ def shard_dim(
         )
     uncut = [num for num in units if num % degree]
     if uncut and not (share and len(units) == 1 and degree % units[0] == 0):
-        legal = legal_degrees(math.gcd(*units), share and len(units) == 1)
+        legal = legal_degrees(math.gcd(*units))
         raise BigtrainError(
             f"{name}: {uncut[0]} units (heads) cannot be shared out to {degree} ranks",
             why="a rank takes whole units, the same number on every rank",
-            mend=f"use a tensor-parallel degree of {', '.join(map(str, legal))}",
+            mend=f"use a tensor-parallel degree of {', '.join(map(str, legal))}"
+            + f", or a multiple of {units[0]}" * (share and len(units) == 1),
         )
     if uncut:
         sharers = degree // units[0]

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from bigtrain.errors import BigtrainError
@@ -45,6 +47,8 @@ def published_plan(model: nn.Module) -> Plan | None:
     config = getattr(model, "config", None)
     if not published or config is None:
         return None
+    if hasattr(config, "get_text_config"):  # of a model that also takes pictures
+        config = config.get_text_config()
     if getattr(config, "attention_dropout", 0.0):
         raise BigtrainError(
             f"{type(model).__name__} has attention_dropout = {config.attention_dropout}",
@@ -60,10 +64,13 @@ def published_plan(model: nn.Module) -> Plan | None:
                 mend="give apply_tensor_parallel a plan of your own for this model",
             )
         heads = _HEADS.get(pattern.rpartition(".")[2])
-        units = (getattr(config, heads),) if heads and getattr(config, heads, None) else ()
-        share = heads == "num_key_value_heads"
-        plan[pattern] = Style(_KINDS[kind], units=units, share=share)
-    return plan | _tied_embedding(model, plan)
+        if heads and _KINDS[kind] in ("column", "row") and getattr(config, heads, None):
+            units = (getattr(config, heads),)
+            plan[pattern] = Style(_KINDS[kind], units, share=heads == "num_key_value_heads")
+        else:
+            plan[pattern] = Style(_KINDS[kind])
+    plan |= _tied_embedding(model, plan)
+    return plan | _norms_of_heads(model, plan, config)
 
 
 def _tied_embedding(model: nn.Module, plan: Plan) -> dict[str, str]:
@@ -74,6 +81,33 @@ def _tied_embedding(model: nn.Module, plan: Plan) -> dict[str, str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and id(module.weight) in split and name not in named
     }
+
+
+def _norms_of_heads(model: nn.Module, plan: Plan, config: Any) -> dict[str, str]:
+    """Return styles for what works on split channels beside column layers, but is not named.
+
+    Norms of single heads are not named by older plans.
+
+    Raises:
+        BigtrainError: it is something else, so how to split it is not known.
+    """
+    named = match_plan(model, plan)
+    parents = {name.rpartition(".")[0] for name, style in named.items() if style.kind == "column"}
+    found: dict[str, str] = {}
+    for parent in sorted(parents - {""}):
+        head_size = getattr(model.get_submodule(parent), "head_dim", None)
+        for name, module in model.get_submodule(parent).named_modules(prefix=parent):
+            params = list(module.parameters(recurse=False))
+            if name in named or not params:
+                continue
+            if any(param.shape != (head_size,) for param in params):
+                raise BigtrainError(
+                    f"{type(model).__name__} publishes a plan that does not name {name}",
+                    why="it has parameters, and works on what column layers beside it have split",
+                    mend="give apply_tensor_parallel a plan of your own for this model",
+                )
+            found[name] = "replicate"
+    return found
 
 
 def fit_attention(model: nn.Module) -> None:
