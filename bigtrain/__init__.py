@@ -24,6 +24,9 @@ _PUBLIC = {
     "VocabParallelCrossEntropy": "bigtrain.tensor",
     "VocabParallelEmbedding": "bigtrain.tensor",
     "apply_tensor_parallel": "bigtrain.tensor",
+    "gather_sequence": "bigtrain.tensor",
+    "split_sequence": "bigtrain.tensor",
+    "sum_gradients": "bigtrain.tensor",
     "init": "bigtrain.comm.init",
     "leave": "bigtrain.comm.init",
     "load_config": "bigtrain.config.load",
@@ -51,6 +54,9 @@ if TYPE_CHECKING:
         VocabParallelCrossEntropy,
         VocabParallelEmbedding,
         apply_tensor_parallel,
+        gather_sequence,
+        split_sequence,
+        sum_gradients,
         vocab_parallel_cross_entropy,
     )
     from bigtrain.trainer import Trainer
@@ -71,11 +77,14 @@ __all__ = [
     "VocabParallelCrossEntropy",
     "VocabParallelEmbedding",
     "apply_tensor_parallel",
+    "gather_sequence",
     "init",
     "leave",
     "load_config",
     "parallelize",
     "shards_of",
+    "split_sequence",
+    "sum_gradients",
     "vocab_parallel_cross_entropy",
 ]
 

@@ -14,6 +14,7 @@ from bigtrain.errors import BigtrainError
 from bigtrain.optim import decay_kind
 from bigtrain.tensor import Plan, apply_tensor_parallel
 from bigtrain.tensor.apply import broadcast_replicated
+from bigtrain.tensor.plan import match_plan
 
 
 def parallelize(
@@ -40,6 +41,7 @@ def parallelize(
     """
     check_trainable(model)
     if shards_of(model):
+        _refuse_second_plan(tensor_plan, sequence_parallel)
         _check_groups(model, mesh.tp)
         broadcast_replicated(model.to(mesh.device), mesh.tp)
     elif mesh.tp.degree > 1:
@@ -51,6 +53,8 @@ def parallelize(
             num_chunks=tp_chunks,
             device=mesh.device,
         )
+    elif tensor_plan is not None:
+        match_plan(model, tensor_plan)  # a plan that is wrong is told of at any degree
     model.to(mesh.device)
     _cast_untrained(model, dtype)
     shards = _all_shards(model, mesh.tp)
@@ -60,6 +64,15 @@ def parallelize(
     path = GradientPath(model, buckets, Replicated(mesh.dp), shards, (mesh.tp,))
     path.equalize()
     return path
+
+
+def _refuse_second_plan(plan: Plan | None, sequence_parallel: bool) -> None:
+    if plan is not None or sequence_parallel:
+        raise BigtrainError(
+            "a plan or sequence_parallel for a model that is made of parallel layers already",
+            why="how its layers are split was said when they were built",
+            mend="leave out tensor_plan and sequence_parallel here; layers take sequence_parallel",
+        )
 
 
 def _check_groups(model: nn.Module, tp: Axis) -> None:

@@ -169,7 +169,8 @@ class GradientPath:
             torch.linalg.vector_norm(segment.main_grads).square() / segment.num_replicas
             for segment in self.segments()
         ]
-        total = self.sync.sum_over_owners(torch.stack(squares).sum())
+        nothing = torch.zeros((), device=self.buckets[0].main_grads.device)
+        total = self.sync.sum_over_owners(torch.stack(squares or [nothing]).sum())
         for axis in self.model_axes:
             all_reduce(total, axis, "all_reduce of the gradient norm")
         return total.sqrt()

@@ -41,7 +41,8 @@ class Axis:
         if isinstance(group, Axis):
             return group
         if isinstance(group, DeviceMesh):
-            group = group.get_group() if group.ndim == 1 else None
+            usable = group.ndim == 1 and group.get_coordinate() is not None
+            group = group.get_group() if usable else object()  # type: ignore[assignment]
         elif group is None:
             here = dist.get_rank() if dist.is_initialized() else 0
             return cls(name, 1, 0, (here,), None)

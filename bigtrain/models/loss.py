@@ -13,5 +13,7 @@ class NextTokenLoss(nn.CrossEntropyLoss):
     forward(logits [batch, sequence, vocabulary], targets [batch, sequence] token ids).
     """
 
+    over_last_dim = True  # so that tensor parallelism knows what it computes
+
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

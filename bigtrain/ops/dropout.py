@@ -8,21 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bigtrain.errors import BigtrainError
+
 
 class Dropout(nn.Module):
     """Zero elements with probability p and scale the rest by 1 / (1 - p), in training only.
 
     `sample_seeds` holds one seed for each sample of the coming batch (its dim 0). Each call of
     each layer draws from streams of its own: a function of (sample seed, layer, call). Without
-    seeds it draws as torch's dropout does.
+    seeds, or if not `per_sample`, it draws as torch's dropout does.
 
     What is split over ranks draws for the whole tensor and keeps its own part (`split`), so that
     all ranks together drop what one process would.
     """
 
-    def __init__(self, p: float) -> None:
+    def __init__(self, p: float, *, per_sample: bool = True) -> None:
         super().__init__()
-        self.p = p
+        self.p, self.per_sample = p, per_sample
         self.layer = 0
         self.sample_seeds: Sequence[int] | None = None
         self._calls = 0
@@ -47,13 +49,26 @@ class Dropout(nn.Module):
         """Return a mask of zeros and 1 / (1 - p), of the shape and dtype of `like`."""
         assert self.sample_seeds is not None
         assert len(self.sample_seeds) == len(like)
+        call = self._number_of_call()
         draw = torch.Generator(device=like.device)
         keep = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         for row, seed in zip(keep, self.sample_seeds, strict=True):
-            draw.manual_seed((seed + 1_000_003 * self.layer + 7_919 * self._calls) % 2**63)
+            draw.manual_seed((seed + 1_000_003 * self.layer + 7_919 * call) % 2**63)
             row.bernoulli_(1 - self.p, generator=draw)
-        self._calls += 1
         return keep.div_(1 - self.p)
+
+    def _number_of_call(self) -> int:
+        """Return how many calls of this layer came before; activation checkpointing repeats one."""
+        if torch._C._current_graph_task_id() == -1:
+            self._calls += 1
+            return self._calls - 1
+        if self._calls != 1:
+            raise BigtrainError(
+                f"a dropout layer that is called {self._calls} times in a forward is recomputed",
+                why="activation checkpointing repeats a call, and does not tell which one",
+                mend="use a dropout layer of its own in each place",
+            )
+        return 0
 
     def extra_repr(self) -> str:
         return f"p={self.p}" + f", part {self._rank} of {self._degree}" * (self._degree > 1)
@@ -62,7 +77,7 @@ class Dropout(nn.Module):
 def seed_dropout(model: nn.Module, sample_seeds: Sequence[int]) -> None:
     """Give all dropout layers of `model` the seeds of the samples of the coming batch."""
     layers = [module for module in model.modules() if isinstance(module, Dropout)]
-    for layer, module in enumerate(layers):
+    for layer, module in enumerate(module for module in layers if module.per_sample):
         module.layer = layer
         module.sample_seeds = sample_seeds
         module._calls = 0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bigtrain.comm.block import shards_of
+from bigtrain.comm.block import Shard, shards_of
 from bigtrain.comm.collectives import broadcast
 from bigtrain.comm.mesh import Axis, Group
 from bigtrain.errors import BigtrainError
@@ -75,25 +75,36 @@ def apply_tensor_parallel(
     if sequence_parallel and axis.degree > 1:
         _refuse_unclear_sequence(model, chosen)
     site = _Site(axis, sequence_parallel, num_chunks, _vocab_size(model, chosen))
-    entrances: dict[str, SharedInput] = {}
-    split: dict[int, nn.Parameter] = {}  # id of a full parameter -> what this rank has of it
-    full: list[nn.Parameter] = []  # keeps those ids taken
+    columns = _columns_by_parent(model, chosen)
+    entrances = {
+        parent: SharedInput(model.get_submodule(parent))
+        for parent, layers in columns.items()
+        if len(layers) > 1
+    }
+    split: dict[int, tuple[str, nn.Parameter, Shard]] = {}  # id of a full parameter -> own part
+    converted: dict[int, nn.Module] = {}  # a module may have several names
+    full: list[nn.Module] = []  # keeps those ids taken
     for name, style in chosen.items():
         old, parent = model.get_submodule(name), name.rpartition(".")[0]
+        if id(old) in converted:
+            model.set_submodule(name, converted[id(old)])
+            continue
         if device is not None:
             old.to(device)
-        entrance = entrances.setdefault(parent, SharedInput())
+        entrance = entrances.get(parent) or SharedInput()
+        beside = columns.get(parent, [])
         try:
+            if style.kind == "column" and isinstance(old, nn.Dropout | Dropout):
+                _refuse_uneven(old, style, beside, axis)
             new = _CONVERT[style.kind](old, style, site, entrance)
         except BigtrainError as error:
             it = error.problem
             raise BigtrainError(it.what, where=f"plan: {name}", why=it.why, mend=it.mend) from error
-        if new is old:
-            continue
-        for own, param in old.named_parameters(recurse=False):
-            full.append(param)
-            setattr(new, own, split.setdefault(id(param), getattr(new, own)))
-        model.set_submodule(name, new)
+        full.append(old)
+        converted |= {id(old): new, id(new): new}
+        if new is not old:
+            _tie(name, old, new, split)
+            model.set_submodule(name, new)
     _refuse_half_ties(model, split)
     fit_attention(model)
     model.to(device)
@@ -170,7 +181,41 @@ def _vocab_size(model: nn.Module, chosen: dict[str, Style]) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _refuse_half_ties(model: nn.Module, split: dict[int, nn.Parameter]) -> None:
+def _columns_by_parent(model: nn.Module, chosen: dict[str, Style]) -> dict[str, list[nn.Linear]]:
+    columns: dict[str, list[nn.Linear]] = {}
+    for name, style in chosen.items():
+        module = model.get_submodule(name)
+        if style.kind in ("column", "column_gather", "vocab") and isinstance(module, nn.Linear):
+            columns.setdefault(name.rpartition(".")[0], []).append(module)
+    return columns
+
+
+def _refuse_uneven(dropout: nn.Module, style: Style, columns: list[nn.Linear], axis: Axis) -> None:
+    if any(layer.out_features % axis.degree for layer in columns):
+        raise _misfit(dropout, style, "the columns beside it do not divide by the degree")
+
+
+def _tie(
+    name: str,
+    old: nn.Module,
+    new: nn.Module,
+    split: dict[int, tuple[str, nn.Parameter, Shard]],
+) -> None:
+    """Let parameters of `new` be those that tied ones of `old` have become already."""
+    shards: dict[str, Shard] = getattr(new, "shards", {})
+    for own, param in old.named_parameters(recurse=False):
+        mine = (f"{name}.{own}", getattr(new, own), shards[own])
+        first, tied, shard = split.setdefault(id(param), mine)
+        if shard != shards[own]:
+            raise BigtrainError(
+                f"the plan splits {name}.{own} in another way than {first}, which it is tied to",
+                why="one parameter can be split in one way only",
+                mend="give both the same style and units, or untie them",
+            )
+        setattr(new, own, tied)
+
+
+def _refuse_half_ties(model: nn.Module, split: dict[int, tuple[str, nn.Parameter, Shard]]) -> None:
     for name, param in model.named_parameters():
         if id(param) in split:
             raise BigtrainError(
@@ -258,6 +303,8 @@ def _vocab(module: nn.Module, style: Style, site: _Site, entrance: SharedInput) 
         )
     if not isinstance(module, nn.CrossEntropyLoss):
         raise _misfit(module, style, "it is for Linear, Embedding and CrossEntropyLoss")
+    if not getattr(module, "over_last_dim", False):
+        _refuse_extras(module, style, nn.CrossEntropyLoss)
     if module.weight is not None:
         raise _misfit(module, style, "class weights cannot be split")
     return VocabParallelCrossEntropy(
@@ -306,7 +353,8 @@ def _unscatter(module: nn.Module, style: Style, site: _Site, entrance: SharedInp
 
 
 def _split_dropout(module: nn.Dropout | Dropout, dim: int, axis: Axis) -> nn.Module:
-    new = Dropout(module.p)
+    # torch's dropout draws from the default generator, which is the same on all ranks of a group.
+    new = Dropout(module.p, per_sample=isinstance(module, Dropout))
     new.split(dim, axis.rank, axis.degree)
     return new.train(module.training)
 

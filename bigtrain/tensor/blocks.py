@@ -32,8 +32,9 @@ class ParallelAttention(nn.Module):
     (grouped-query attention, https://arxiv.org/abs/2305.13245).
 
     forward(x, rotate, mask): `rotate` turns queries and keys [B, heads, T, d] by their positions
-    (rotary embeddings); `mask` is what scaled_dot_product_attention takes, for own heads or all.
-    Dropout acts on the attention weights, head by head as in one process.
+    (rotary embeddings); `mask` is what scaled_dot_product_attention takes, the same for all heads
+    ([T, T], or [B, 1, T, T]; True may be seen, or numbers to add), on top of `causal`. Dropout acts
+    on the attention weights, head by head as in one process.
 
     Communicates, for x of b bytes: forward an all-reduce, backward an all-reduce, 2(n-1)/n b each;
     with sequence_parallel as ColumnParallelLinear (q, k, v take x in together) and
@@ -56,6 +57,8 @@ class ParallelAttention(nn.Module):
         dropout: float = 0.0,
         sequence_parallel: bool = False,
         num_chunks: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         axis, num_kv_heads = Axis.of(group), num_kv_heads or num_heads
@@ -89,9 +92,11 @@ class ParallelAttention(nn.Module):
                 share=share,
                 sequence_parallel=sequence_parallel,
                 shared_input=entrance,
+                device=device,
+                dtype=dtype,
             )
 
-        entrance = SharedInput()
+        entrance = SharedInput(self)
         self.q = column(inner, num_heads, share=False)
         self.k = column(narrow, num_kv_heads, share=True)
         self.v = column(narrow, num_kv_heads, share=True)
@@ -103,6 +108,8 @@ class ParallelAttention(nn.Module):
             units=(num_heads,),
             sequence_parallel=sequence_parallel,
             num_chunks=num_chunks,
+            device=device,
+            dtype=dtype,
         )
         self.dropout = Dropout(dropout)
         self.dropout.split(1, axis.rank, axis.degree)
@@ -116,6 +123,14 @@ class ParallelAttention(nn.Module):
         )
         if rotate is not None:
             q, k = rotate(q), rotate(k)
+        if mask is not None and mask.ndim > 3 and mask.shape[-3] != 1:
+            raise BigtrainError(
+                f"ParallelAttention was given a mask of shape {tuple(mask.shape)}",
+                why="each rank has some of the heads, so a mask must be the same for all of them",
+                mend="give one of shape [T, T] or [B, 1, T, T]",
+            )
+        if mask is not None and self.causal:
+            mask = _also_causal(mask, q.shape[-2])
         if self.training and self.dropout.p:
             y = self._attend_with_dropout(q, k, v, mask)
         else:
@@ -139,6 +154,11 @@ class ParallelAttention(nn.Module):
             scores = scores + mask
         result: torch.Tensor = self.dropout(scores.softmax(-1)) @ v
         return result
+
+
+def _also_causal(mask: torch.Tensor, length: int) -> torch.Tensor:
+    seen = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
 
 
 class ParallelMLP(nn.Module):
@@ -166,6 +186,8 @@ class ParallelMLP(nn.Module):
         dropout: float = 0.0,
         sequence_parallel: bool = False,
         num_chunks: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         axis = Axis.of(group)
@@ -181,7 +203,7 @@ class ParallelMLP(nn.Module):
                 mend=f"make mlp_size a multiple of {axis.degree}, or leave dropout to the outside",
             )
         self.activation = ACTIVATIONS[activation]
-        entrance = SharedInput()
+        entrance = SharedInput(self)
         columns = [
             ColumnParallelLinear(
                 hidden_size,
@@ -190,6 +212,8 @@ class ParallelMLP(nn.Module):
                 bias=bias,
                 sequence_parallel=sequence_parallel,
                 shared_input=entrance,
+                device=device,
+                dtype=dtype,
             )
             for _ in range(1 + gated)
         ]
@@ -202,6 +226,8 @@ class ParallelMLP(nn.Module):
             bias=bias,
             sequence_parallel=sequence_parallel,
             num_chunks=num_chunks,
+            device=device,
+            dtype=dtype,
         )
         self.dropout = Dropout(dropout)
         self.dropout.split(-1, axis.rank, axis.degree)

@@ -26,41 +26,71 @@ from bigtrain.tensor.split import shard_dim
 
 
 class SharedInput:
-    """Lets column layers that are fed the same tensor (q, k and v) take it in together.
+    """Lets column layers of one parent that are fed the same tensor (q, k, v) take it in together.
 
-    The tensor enters once: one all-gather of its sequence if it is split, and one sum of its
-    gradient, for all of them. It is recognised by being the same, unchanged object.
+    During one forward of `parent`, a tensor enters once: one all-gather of its sequence if it is
+    split, and one sum of its gradient, for all of the layers. It is recognised by being the same,
+    unchanged object. Otherwise, and without a parent, each layer takes in what it is given alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parent: nn.Module | None = None) -> None:
         self.layers: list[ColumnParallelLinear] = []
-        self._key: tuple[Any, ...] | None = None
-        self._input: torch.Tensor | None = None
+        self._in_forward = False
+        self._forget()
+        if parent is not None:
+            parent.register_forward_pre_hook(self._begin)
+            parent.register_forward_hook(self._end, always_call=True)
+
+    def _begin(self, *_: Any) -> None:
+        self._forget()
+        self._in_forward = True
+
+    def _end(self, *_: Any) -> None:
+        self._forget()
+        self._in_forward = False
+
+    def _forget(self) -> None:
+        self._input: tuple[torch.Tensor, int] | None = None
         self._entered: tuple[Visit, torch.Tensor, torch.Tensor] | None = None
-        self._served: set[int] = set()
 
-    def join(self, layer: ColumnParallelLinear) -> int:
-        """Take `layer` in; return its number."""
+    def join(self, layer: ColumnParallelLinear) -> None:
+        """Take `layer` in.
+
+        Raises:
+            BigtrainError: it is split otherwise than those that are in already.
+        """
+        first = (self.layers or [layer])[0]
+        if (first.axis.ranks, first.sequence_parallel) != (
+            layer.axis.ranks,
+            layer.sequence_parallel,
+        ):
+            raise BigtrainError(
+                "column layers that share an input are split in different ways",
+                why="they take it in together, so their group and sequence_parallel must agree",
+                mend="give them the same group and flag, or no shared_input",
+            )
         self.layers.append(layer)
-        return len(self.layers) - 1
 
-    def enter(self, index: int, x: torch.Tensor) -> tuple[Visit, torch.Tensor, torch.Tensor]:
-        """Return the visit of x, x as this rank holds it, and x as layer `index` shall see it."""
-        version = 0 if x.is_inference() else x._version
-        key = (id(x), version, x.dtype, torch.is_grad_enabled())
-        if self._entered is None or self._key != key or index in self._served:
-            layer = self.layers[index]
-            visit = Visit(layer.axis, layer.sequence_parallel, len(self.layers))
-            weights = [_as_autocast(each.weight) for each in self.layers]
-            own = _as_autocast(x)
-            self._entered = visit, own.detach(), Enter.apply(visit, own, *weights)
-            # x itself is kept beside its id, so that no other tensor can take that id.
-            self._key, self._input, self._served = key, x, set()
-        entered = self._entered
-        self._served.add(index)
-        if len(self._served) == len(self.layers):
-            self._entered = self._key = self._input = None
-        return entered
+    def enter(
+        self, layer: ColumnParallelLinear, x: torch.Tensor
+    ) -> tuple[int, Visit, torch.Tensor, torch.Tensor]:
+        """Return the number of `layer` in the visit of x, the visit, x as held, x as entered."""
+        # With one layer there is nothing to share; an inference tensor cannot show its changes.
+        if not self._in_forward or len(self.layers) == 1 or x.is_inference():
+            return 0, *_enter([layer], x)
+        known = self._input is not None and self._input[0] is x and self._input[1] == x._version
+        if self._entered is None or not known:
+            self._input, self._entered = (x, x._version), _enter(self.layers, x)
+        return self.layers.index(layer), *self._entered
+
+
+def _enter(
+    layers: Sequence[ColumnParallelLinear], x: torch.Tensor
+) -> tuple[Visit, torch.Tensor, torch.Tensor]:
+    weights = [_as_autocast(layer.weight) for layer in layers]
+    visit = Visit(layers[0].axis, layers[0].sequence_parallel, weights)
+    own = _as_autocast(x)
+    return visit, own.detach(), Enter.apply(visit, own, *weights)
 
 
 def _as_autocast(x: torch.Tensor) -> torch.Tensor:
@@ -151,7 +181,7 @@ class ColumnParallelLinear(_ParallelLinear):
         sizes differ by at most one.
     share: with fewer units than ranks, several ranks hold the same unit (key-value heads).
     sequence_parallel: X is this rank's part of the sequence, [..., T/n, in_features].
-    shared_input: column layers that are given the same X take it in together.
+    shared_input: column layers of one parent that are given the same X take it in together.
     linear: the full layer whose weights to start from, in place of new ones.
 
     Communicates, for X of b bytes and degree n: forward nothing, backward an all-reduce of dX,
@@ -194,14 +224,14 @@ class ColumnParallelLinear(_ParallelLinear):
                 )
             sum_gradients(self, self.axis, sharers=sharers)
         self._shared = shared_input or SharedInput()
-        self._index = self._shared.join(self)
+        self._shared.join(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_input(self, x, self.weight, self.in_features)
-        visit, own, entered = self._shared.enter(self._index, x)
+        index, visit, own, entered = self._shared.enter(self, x)
         bias = None if self.bias is None else _as_autocast(self.bias)
         weight = _as_autocast(self.weight).detach()
-        y: torch.Tensor = ColumnProduct.apply(visit, self._index, own, entered, weight, bias)
+        y: torch.Tensor = ColumnProduct.apply(visit, index, own, entered, weight, bias)
         return gather_channels(y, self.axis, self.channels) if self.gather_output else y
 
     def extra_repr(self) -> str:
@@ -263,7 +293,8 @@ class RowParallelLinear(_ParallelLinear):
             None if self.bias is None else _as_autocast(self.bias),
             self.axis,
             self.sequence_parallel,
-            max(1, min(self.num_chunks, len(x))) if x.ndim > 1 else 1,
+            # Chunks are of dim 0, which must not be the sequence if that is to be scattered.
+            max(1, min(self.num_chunks, len(x))) if x.ndim > 1 + self.sequence_parallel else 1,
         )
         return y
 

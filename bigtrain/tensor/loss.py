@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from bigtrain.comm.collectives import start_all_gather
 from bigtrain.comm.mesh import Axis, Group
 from bigtrain.errors import BigtrainError
 from bigtrain.tensor.embedding import refuse_outside
+from bigtrain.tensor.regions import first_order
 from bigtrain.tensor.split import even_split
 
 
@@ -38,11 +38,13 @@ class _CrossEntropy(torch.autograd.Function):
         own = (targets - start).masked_fill(~mine, 0)[:, None]
         x = logits.float()
         if stop > start:
-            most = x.amax(-1)
+            # Of a row that is all -inf (words that are masked out) the sum is zero, not NaN.
+            most = x.amax(-1).clamp(min=torch.finfo(torch.float32).min)
             total = (x - most[:, None]).exp_().sum(-1)
             wanted = x.gather(-1, own)[:, 0].masked_fill(~mine, 0.0)
         else:  # more ranks than words
-            most, total = x.new_full((len(x),), -torch.inf), x.new_zeros(len(x))
+            most = x.new_full((len(x),), torch.finfo(torch.float32).min)
+            total = x.new_zeros(len(x))
             wanted = x.new_zeros(len(x))
         numbers = [most, total, wanted] + [x.sum(-1)] * (smoothing > 0)
         everyone = start_all_gather(torch.stack(numbers), axis, "all_gather of the loss").wait()
@@ -60,7 +62,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss.masked_fill(~valid, 0.0)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         logits, log_sum, own, mine, valid = ctx.saved_tensors
         scale = grad.masked_fill(~valid, 0.0)
@@ -95,7 +97,7 @@ def vocab_parallel_cross_entropy(
     dtype. s is `label_smoothing` as torch defines it; `z_loss` keeps L near zero
     (https://arxiv.org/abs/2204.02311). Tokens whose target is `ignore_index` count nothing.
     reduction: mean over the tokens that count (NaN if there are none, as in torch), sum, or none.
-    vocab_size: needed where it does not divide evenly; else own part times degree.
+    vocab_size: of the full vocabulary; needed at a degree above 1, since it may not divide.
 
     Communicates forward an all-gather of three fp32 numbers a token (four with label smoothing),
     n-1 times 12 (16) bytes a token; backward nothing.
@@ -104,15 +106,22 @@ def vocab_parallel_cross_entropy(
         BigtrainError: shapes that do not fit, a target outside of the vocabulary.
     """
     axis = Axis.of(group)
-    vocab_size = vocab_size or logits.shape[-1] * axis.degree
+    if vocab_size is None:
+        if axis.degree > 1:
+            raise BigtrainError(
+                "vocab_parallel_cross_entropy without vocab_size",
+                why="a rank sees its own part of the vocabulary, which may be larger or smaller "
+                "than the others'",
+                mend="pass the out_features of the layer that the logits come from",
+            )
+        vocab_size = logits.shape[-1]
     start, stop = even_split(vocab_size, axis.degree, axis.rank)
     if logits.shape[:-1] != targets.shape or logits.shape[-1] != stop - start:
         raise BigtrainError(
             f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not fit together",
             why=f"of a vocabulary of {vocab_size} this rank ({axis.rank} of {axis.degree}) has "
             f"{stop - start} columns, and every token has a target",
-            mend="pass the own part of the logits (no gather_output), and vocab_size if the "
-            "vocabulary does not divide by the degree",
+            mend="pass the own part of the logits (no gather_output), and the full vocab_size",
         )
     if reduction not in ("mean", "sum", "none"):
         raise BigtrainError(f"reduction is {reduction!r}", mend="use mean, sum or none")

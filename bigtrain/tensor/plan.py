@@ -61,7 +61,7 @@ def match_plan(model: nn.Module, plan: Plan) -> dict[str, Style]:
                 why=f"the styles are {', '.join(STYLES)}",
                 mend="use one of them" + _like(style.kind, STYLES),
             )
-        found = [name for name in names if _regex(pattern).fullmatch(name)]
+        found = [name for name in names if matches(pattern, name)]
         if not found:
             raise BigtrainError(
                 f"the plan's pattern {pattern!r} matches no module of {type(model).__name__}",
@@ -76,12 +76,28 @@ def match_plan(model: nn.Module, plan: Plan) -> dict[str, Style]:
                     mend="make the patterns exclude each other",
                 )
             chosen[name] = pattern, style
+    _refuse_nested({name: style for name, (_, style) in chosen.items()})
     return {name: chosen[name][1] for name in names if name in chosen}
 
 
-def _regex(pattern: str) -> re.Pattern[str]:
-    parts = re.split(r"(\*\*|\*)", pattern)
-    return re.compile("".join({"**": ".*", "*": r"[^.]+"}.get(p, re.escape(p)) for p in parts))
+def matches(pattern: str, name: str) -> bool:
+    """Is `name` one that `pattern` stands for?"""
+    wild = {"**.": r"(.*\.)?", "**": ".*", "*": r"[^.]+"}
+    parts = re.split(r"(\*\*\.|\*\*|\*)", pattern)
+    regex = "".join(wild.get(part, re.escape(part)) for part in parts)
+    return re.fullmatch(regex, name) is not None
+
+
+def _refuse_nested(chosen: Mapping[str, Style]) -> None:
+    """Refuse to sum the gradients of all that is in a module, and to split a part of it too."""
+    for name, style in chosen.items():
+        inside = [other for other in chosen if other.startswith(f"{name}.")]
+        if style.kind in ("replicate", "sequence") and inside:
+            raise BigtrainError(
+                f"the plan gives {name} the style {style.kind}, and also names {inside[0]}",
+                why=f"{style.kind} is about all parameters in {name}",
+                mend="name the parts of it one by one",
+            )
 
 
 def _like(wanted: str, names: Sequence[str]) -> str:

@@ -5,26 +5,38 @@ Where a product and a collective do not need each other, the collective is on th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from bigtrain.comm.collectives import Pending, start_all_reduce
 from bigtrain.comm.mesh import Axis
-from bigtrain.tensor.regions import start_gather_sequence, start_scatter_sum
+from bigtrain.tensor.regions import first_order, start_gather_sequence, start_scatter_sum
 
 
 class Visit:
     """One passage of an input through the layers that share it; see SharedInput."""
 
-    def __init__(self, axis: Axis, sequence: bool, num_layers: int) -> None:
+    def __init__(self, axis: Axis, sequence: bool, weights: Sequence[torch.Tensor]) -> None:
         self.axis, self.sequence = axis, sequence
-        # In backward: gradients of the layers' outputs, until the weights' gradients are computed,
-        # and the sequence on its way to be whole again.
+        self.trains_weights = any(weight.requires_grad for weight in weights)
+        self._pass = -1
+        self._forget(len(weights))
+
+    def _forget(self, num_layers: int) -> None:
+        # Gradients of the layers' outputs, kept until those of the weights are computed, and the
+        # sequence on its way to be whole again.
         self.grads: list[torch.Tensor | None] = [None] * num_layers
         self.gathering: Pending | None = None
+
+    def in_backward(self) -> None:
+        """Forget what an earlier backward pass has left, which did not go all the way."""
+        now = torch._C._current_graph_task_id()
+        if now != self._pass:
+            self._pass = now
+            self._forget(len(self.grads))
 
 
 class Enter(torch.autograd.Function):
@@ -42,21 +54,24 @@ class Enter(torch.autograd.Function):
         return own.view_as(own)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         visit, axis = ctx.visit, ctx.visit.axis
-        grads, visit.grads = visit.grads, [None] * len(visit.grads)
-        gathering, visit.gathering = visit.gathering, None
+        visit.in_backward()
+        grads, gathering = visit.grads, visit.gathering
+        visit._forget(len(grads))
         summing = None
         if ctx.needs_input_grad[1] and visit.sequence:
             summing = start_scatter_sum(grad, axis)
         elif ctx.needs_input_grad[1]:
             summing = start_all_reduce(grad.contiguous(), axis, "all_reduce of a gradient")
-        full = gathering.wait() if gathering is not None else ctx.saved_tensors[0]
-        weight_grads = [
-            _weight_grad(g, full) if g is not None and needed else None
-            for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)
-        ]
+        weight_grads: list[torch.Tensor | None] = [None] * len(grads)
+        if visit.trains_weights:
+            full = gathering.wait() if gathering is not None else ctx.saved_tensors[0]
+            weight_grads = [
+                _weight_grad(g, full) if g is not None and needed else None
+                for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)
+            ]
         return None, None if summing is None else summing.wait(), *weight_grads
 
 
@@ -82,15 +97,17 @@ class ColumnProduct(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         weight, *own = ctx.saved_tensors
         visit: Visit = ctx.visit
-        if own and visit.gathering is None:
+        visit.in_backward()
+        if own and visit.trains_weights and visit.gathering is None:
             visit.gathering = start_gather_sequence(own[0], visit.axis)
         visit.grads[ctx.index] = grad
         bias_grad = _bias_grad(grad) if ctx.needs_input_grad[5] else None
-        return None, None, None, grad @ weight, None, bias_grad
+        input_grad = grad @ weight if ctx.needs_input_grad[3] else None
+        return None, None, None, input_grad, None, bias_grad
 
 
 class RowProduct(torch.autograd.Function):
@@ -128,7 +145,7 @@ class RowProduct(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
         full = start_gather_sequence(grad, ctx.axis).wait() if ctx.sequence else grad
@@ -142,16 +159,20 @@ def _linear_into(
     out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
     """Write x @ weight.T + bias into `out`, which is contiguous."""
-    flat, rows = out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1])
     if bias is None:
-        torch.mm(rows, weight.T, out=flat)
+        torch.mm(_rows(x), weight.T, out=_rows(out))
     else:
-        torch.addmm(bias, rows, weight.T, out=flat)
+        torch.addmm(bias, _rows(x), weight.T, out=_rows(out))
 
 
 def _weight_grad(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    return _rows(grad).T @ _rows(x)
 
 
 def _bias_grad(grad: torch.Tensor) -> torch.Tensor:
-    return grad.reshape(-1, grad.shape[-1]).sum(0)
+    return _rows(grad).sum(0)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Return x as a matrix, one row a token; there may be no rows, and no columns."""
+    return x.flatten(0, -2) if x.ndim > 1 else x[None]

@@ -7,12 +7,12 @@ nothing travels and nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from bigtrain.comm.block import Shard
 from bigtrain.comm.collectives import (
@@ -25,6 +25,22 @@ from bigtrain.comm.mesh import Axis, Group
 from bigtrain.errors import BigtrainError
 
 
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse to differentiate `backward` itself, where autograd would silently drop terms."""
+
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *grads: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise BigtrainError(
+                "second derivatives through a parallel layer",
+                why="its backward communicates, and is not differentiable itself",
+                mend="leave create_graph off, or use plain layers for what needs it",
+            )
+        return backward(ctx, *grads)
+
+    return guarded
+
+
 class _SumGradients:
     """A forward pre-hook that sees to it that gradients are summed, also in a copy of a module."""
 
@@ -34,11 +50,14 @@ class _SumGradients:
     def __call__(self, module: nn.Module, args: Any) -> None:
         for name in self.names:
             param = module.get_parameter(name)
-            if param.requires_grad and not hasattr(param, "_gradient_is_summed"):
+            hooks = (param._backward_hooks or {}).values()
+            mine = [h for h in hooks if isinstance(getattr(h, "__self__", None), _SumGradients)]
+            if param.requires_grad and not mine:
                 param.register_hook(self._summed)
-                param._gradient_is_summed = True  # type: ignore[attr-defined]
 
-    def _summed(self, grad: torch.Tensor) -> torch.Tensor:
+    def _summed(self, grad: torch.Tensor | None) -> torch.Tensor | None:
+        if grad is None:  # on all ranks alike: the parameter took no part
+            return None
         if self.sharers == self.axis.degree:
             own = grad.clone(memory_format=torch.contiguous_format)
             return start_all_reduce(own, self.axis, "all_reduce of a shared gradient").wait()
@@ -71,7 +90,7 @@ class _Reduce(torch.autograd.Function):
         return start_all_reduce(own, axis, "all_reduce of activations").wait()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return grad, None
 
@@ -91,7 +110,7 @@ class _ScatterSequence(torch.autograd.Function):
         return _own_part(x, axis)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return start_gather_sequence(grad, ctx.axis).wait(), None, None
 
@@ -121,7 +140,7 @@ class _GatherSequence(torch.autograd.Function):
         return start_gather_sequence(x, axis).wait()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return _own_part(grad, ctx.axis), None
 
@@ -156,8 +175,8 @@ def _own_part(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def _sequence_parts(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    length = x.shape[-2]
-    if length % axis.degree:
+    length = x.shape[-2] if x.ndim > 1 else 1
+    if length % axis.degree or x.ndim < 2:
         raise BigtrainError(
             f"a sequence of {length} cannot be shared out to {axis.degree} ranks",
             why="with sequence parallelism each rank holds an equal part of every sequence",
@@ -187,7 +206,7 @@ class _GatherChannels(torch.autograd.Function):
         return _collect_channels(x, axis, shards)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return _own_channels(grad, ctx.shard), None, None
 
@@ -209,7 +228,7 @@ class _SplitChannels(torch.autograd.Function):
         return _own_channels(x, shards[axis.rank])
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return _collect_channels(grad, ctx.axis, ctx.shards), None, None
 
@@ -217,7 +236,8 @@ class _SplitChannels(torch.autograd.Function):
 def split_channels(x: torch.Tensor, group: Group, shards: Sequence[Shard]) -> torch.Tensor:
     """Keep this rank's channels of x, which is the same on all ranks; see `gather_channels`.
 
-    Forward: nothing. Backward: all-gather of the gradient, n-1 times the bytes of this rank's part.
+    Forward: nothing. Backward: all-gather of the gradient, padded to the widest rank, n-1 times the
+    bytes of its part.
     """
     axis = Axis.of(group)
     return x if axis.group is None else _SplitChannels.apply(x, axis, shards)

@@ -46,7 +46,7 @@ def shard_dim(
     """
     if not units:
         return _assemble(shape, dim, [even_split(shape[dim], degree, rank)])
-    size, odd = divmod(shape[dim], sum(units))
+    size, odd = divmod(shape[dim], max(1, sum(units)))
     if odd or min(units) < 1:
         raise BigtrainError(
             f"{name}: dim {dim} has {shape[dim]} elements, which are not {sum(units)} equal units",

@@ -11,7 +11,7 @@ from torch import nn
 
 from bigtrain.errors import BigtrainError
 from bigtrain.tensor.linear import ColumnParallelLinear
-from bigtrain.tensor.plan import Plan, Style, match_plan
+from bigtrain.tensor.plan import Plan, Style, match_plan, matches
 
 # Their name of a style -> ours.
 _KINDS = {
@@ -56,7 +56,10 @@ def published_plan(model: nn.Module) -> Plan | None:
             mend="set attention_dropout=0 in its config",
         )
     plan: dict[str, str | Style] = {}
+    names = [name for name, _ in model.named_modules()]
     for pattern, kind in published.items():
+        if not any(matches(pattern, name) for name in names):
+            continue  # a plan is published for a family; not every member has every module
         if kind not in _KINDS:
             raise BigtrainError(
                 f"{type(model).__name__} publishes the style {kind!r} for {pattern}",
