@@ -88,9 +88,10 @@ def _enter(
     layers: Sequence[ColumnParallelLinear], x: torch.Tensor
 ) -> tuple[Visit, torch.Tensor, torch.Tensor]:
     weights = [_as_autocast(layer.weight) for layer in layers]
+    biases = [None if layer.bias is None else _as_autocast(layer.bias) for layer in layers]
     visit = Visit(layers[0].axis, layers[0].sequence_parallel, weights)
     own = _as_autocast(x)
-    return visit, own.detach(), Enter.apply(visit, own, *weights)
+    return visit, own.detach(), Enter.apply(visit, own, *weights, *biases)
 
 
 def _as_autocast(x: torch.Tensor) -> torch.Tensor:
@@ -229,7 +230,7 @@ class ColumnParallelLinear(_ParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_input(self, x, self.weight, self.in_features)
         index, visit, own, entered = self._shared.enter(self, x)
-        bias = None if self.bias is None else _as_autocast(self.bias)
+        bias = None if self.bias is None else _as_autocast(self.bias).detach()
         weight = _as_autocast(self.weight).detach()
         y: torch.Tensor = ColumnProduct.apply(visit, index, own, entered, weight, bias)
         return gather_channels(y, self.axis, self.channels) if self.gather_output else y

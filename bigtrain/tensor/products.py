@@ -42,11 +42,14 @@ class Visit:
 class Enter(torch.autograd.Function):
     """Identity, or all-gather of the sequence; backward sums the input's gradient over the axis.
 
-    The gradients of the weights inside are computed here too, while that sum is on the wire.
+    The gradients of the parameters inside (the weights, then the biases, of the layers) are
+    computed here too, while that sum is on the wire.
     """
 
     @staticmethod
-    def forward(ctx: Any, visit: Visit, own: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, visit: Visit, own: torch.Tensor, *params: torch.Tensor | None
+    ) -> torch.Tensor:
         ctx.visit = visit
         if visit.sequence:
             return start_gather_sequence(own, visit.axis).wait()
@@ -65,18 +68,23 @@ class Enter(torch.autograd.Function):
             summing = start_scatter_sum(grad, axis)
         elif ctx.needs_input_grad[1]:
             summing = start_all_reduce(grad.contiguous(), axis, "all_reduce of a gradient")
+        needed = ctx.needs_input_grad[2:]
+        bias_grads = [
+            _bias_grad(g) if g is not None and wanted else None
+            for g, wanted in zip(grads, needed[len(grads) :], strict=True)
+        ]
         weight_grads: list[torch.Tensor | None] = [None] * len(grads)
         if visit.trains_weights:
             full = gathering.wait() if gathering is not None else ctx.saved_tensors[0]
             weight_grads = [
-                _weight_grad(g, full) if g is not None and needed else None
-                for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)
+                _weight_grad(g, full) if g is not None and wanted else None
+                for g, wanted in zip(grads, needed[: len(grads)], strict=True)
             ]
-        return None, None if summing is None else summing.wait(), *weight_grads
+        return None, None if summing is None else summing.wait(), *weight_grads, *bias_grads
 
 
 class ColumnProduct(torch.autograd.Function):
-    """x @ weight.T + bias, of x as `Enter` gave it; leaves the gradient of the weight to Enter.
+    """x @ weight.T + bias, of x as `Enter` gave it; leaves their gradients to Enter.
 
     Of a sequence only this rank's part, `own`, is kept. Backward gathers it again while the
     gradient of x is computed.
@@ -105,16 +113,14 @@ class ColumnProduct(torch.autograd.Function):
         if own and visit.trains_weights and visit.gathering is None:
             visit.gathering = start_gather_sequence(own[0], visit.axis)
         visit.grads[ctx.index] = grad
-        bias_grad = _bias_grad(grad) if ctx.needs_input_grad[5] else None
-        input_grad = grad @ weight if ctx.needs_input_grad[3] else None
-        return None, None, None, input_grad, None, bias_grad
+        return None, None, None, grad @ weight, None, None
 
 
 class RowProduct(torch.autograd.Function):
     """The sum over the axis of x @ weight.T, plus bias; whole, or this rank's part of the sequence.
 
-    The bias goes into the product of the first rank, so that it costs no pass of its own. Rows of
-    x (dim 0) go in `num_chunks` chunks: while one is on the wire, the next is multiplied.
+    Each rank adds the bias to its share of the tokens, so that none does more than the others. Rows
+    of x (dim 0) go in `num_chunks` chunks: while one is on the wire, the next is multiplied.
     """
 
     @staticmethod
@@ -129,16 +135,19 @@ class RowProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.axis, ctx.sequence = axis, sequence
         ctx.save_for_backward(x, weight)
-        own_bias = bias if axis.rank == 0 else None
         parts = x.chunk(num_chunks)
         if sequence:
-            pending = [start_scatter_sum(F.linear(part, weight, own_bias), axis) for part in parts]
+            pending = [start_scatter_sum(F.linear(part, weight), axis) for part in parts]
             done = [each.wait() for each in pending]
-            return done[0] if len(done) == 1 else torch.cat(done)
+            own = done[0] if len(done) == 1 else torch.cat(done)
+            return own if bias is None else own.add_(bias)
         y = x.new_empty((*x.shape[:-1], len(weight)))
         pending = []
         for part, out in zip(parts, y.chunk(num_chunks), strict=True):
-            _linear_into(out, part, weight, own_bias)
+            rows = _rows(out)
+            torch.mm(_rows(part), weight.T, out=rows)
+            if bias is not None:
+                rows.tensor_split(axis.degree)[axis.rank].add_(bias)
             pending.append(start_all_reduce(out, axis, "all_reduce of activations"))
         for each in pending:
             each.wait()
@@ -153,16 +162,6 @@ class RowProduct(torch.autograd.Function):
         weight_grad = _weight_grad(full, x) if ctx.needs_input_grad[1] else None
         bias_grad = _bias_grad(full) if ctx.needs_input_grad[2] else None
         return input_grad, weight_grad, bias_grad, None, None, None
-
-
-def _linear_into(
-    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> None:
-    """Write x @ weight.T + bias into `out`, which is contiguous."""
-    if bias is None:
-        torch.mm(_rows(x), weight.T, out=_rows(out))
-    else:
-        torch.addmm(bias, _rows(x), weight.T, out=_rows(out))
 
 
 def _weight_grad(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
