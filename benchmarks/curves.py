@@ -88,7 +88,7 @@ def draw(curves: dict[str, dict[int, float]], killed_at: int, target: Path) -> N
 
     figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    colors = "#dbe5f1 #b5cbe4 #86a9d2 #f3c9a5 #e79a5b #9fd3a8 #57a867 #8a5fb0".split()
+    colors = "#dbe5f1 #b5cbe4 #86a9d2 #f3c9a5 #e79a5b #9fd3a8 #57a867 #8a5fb0".split()  # noqa: SIM905
     for index, (name, curve) in enumerate(curves.items()):
         if index < len(colors):  # each thinner than those below it, so that all can be seen
             style = {"color": colors[index], "linewidth": 15 - 1.8 * index}

@@ -1,29 +1,28 @@
-"""bigtrain's tensor parallel step beside DTensor, Megatron-core and torch DistributedDataParallel.
+"""bigtrain's tensor parallel layers beside DTensor, Megatron-core and DistributedDataParallel.
 
-python benchmarks/tensor_parallel.py [--repeats 5] [--steps 12] [--ranks 2 4] [--batch 8]
-    [--kinds ddp dtensor megatron ours ours-sequence] [--megatron-python PATH]
+python benchmarks/tensor_parallel.py [--steps 30] [--ranks 2 4] [--batch 8]
+    [--kinds ddp dtensor dtensor-shared megatron ours ours-sequence] [--python PATH]
 
 Every kind trains the same GPT (14.4M parameters, fp32, 8 heads so that 4 ranks divide them) from
 the same weights on the same batches, with torch AdamW(fused=True), the same clipping and one thread
-per rank, in processes of its own (started by torchrun), one kind after the other, `repeats` times
-round. A row has the median over repeats of the ratio within one round, so that a drift of the
-machine cancels. A loss gap is the largest over all steps and rounds.
+per rank. All kinds live in the same ranks and take turns step by step, so that a drift of the
+machine is the same for all: a ratio is the median of the ratios of steps taken side by side.
 
-ddp            torch DistributedDataParallel with its defaults; a rank takes batch / ranks samples
-dtensor        torch parallelize_module: Colwise and Rowwise linear layers, the embedding split over
-               the vocabulary and shared with the head, loss_parallel(). Its attention has three
-               linear layers for q, k and v: the rows of the fused one do not split into blocks.
-               They share one PrepareModuleInput, so that the gradient of their input is summed over
-               the ranks once; with the three hooks of their own it would be thrice.
-megatron       Megatron-core's ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding and
-               vocab_parallel_cross_entropy, with defaults: the fused projection of q, k and v in
-               its row order (heads, 3, head size), the all-reduce of input gradients beside the
-               product for the weight. Its fused kernels and its sequence parallel mode need CUDA.
-               Megatron-core may live in another environment, with the same torch: name its Python.
-ours           bigtrain's tensor parallel layers
-ours-sequence  the same, activations between the layers split over the sequence
-
-Peak memory is that of a whole process, so it includes what each kind imports.
+ddp             torch DistributedDataParallel with its defaults; a rank takes batch / ranks samples
+dtensor         torch parallelize_module as its tutorial has it: Colwise and Rowwise linear layers,
+                the embedding split over the vocabulary and tied to the head, loss_parallel(). Its
+                attention has a linear layer each for q, k and v: the rows of the fused one do not
+                split into blocks
+dtensor-shared  the same, but q, k and v share one PrepareModuleInput, so that the gradient of their
+                input is summed over the ranks once instead of three times
+megatron        Megatron-core's ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding and
+                vocab_parallel_cross_entropy, with defaults: the fused projection of q, k and v in
+                its row order (heads, 3, head size), the all-reduce of input gradients beside the
+                product for the weight. Its fused kernels and its sequence parallelism need CUDA.
+                Left out where it is not installed; --python names a Python that has it
+ours            bigtrain's tensor parallel layers
+ours-chunks     the same, products of row layers in two chunks
+ours-sequence   the same, activations between the layers split over the sequence
 """
 
 from __future__ import annotations
@@ -33,12 +32,14 @@ import contextlib
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-KINDS = ["ddp", "dtensor", "megatron", "ours", "ours-sequence"]
+KINDS = ["ddp", "dtensor", "dtensor-shared", "megatron", "ours", "ours-chunks", "ours-sequence"]
 SEQ_LEN, WARMUP = 128, 3
 HIDDEN, HEADS, VOCAB = 384, 8, 256
 LR, CLIP, SEED = 1e-4, 1.0, 1234
 
-Run = tuple[list[float], list[float]]
+
+@dataclass
+class Setup:
+    """A model to train; `num_replicas` of ranks, by name, hold the same elements of a parameter.
+
+    A rank trains on `rows` of every batch, inside of `context`.
+    """
+
+    model: nn.Module
+    num_replicas: dict[str, int]
+    rows: Any = ...
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 def full_model() -> Any:
@@ -78,72 +90,66 @@ def local(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def train(
-    model: nn.Module,
-    num_replicas: dict[str, int],
-    folder: Path,
-    batch: int,
-    steps: int,
-    rows: slice = slice(None),
-) -> Run:
-    """Train on `rows` of every batch; `num_replicas` of ranks, by name, hold the same elements."""
-    params = dict(model.named_parameters())
-    replicas = torch.tensor([num_replicas[name] for name in params], dtype=torch.float32)
-    # Four groups, because a fused update takes no mix of DTensors and plain tensors.
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for param in params.values():
-        groups.setdefault((param.ndim >= 2, hasattr(param, "to_local")), []).append(param)
-    optimizer = torch.optim.AdamW(
-        [{"params": g, "weight_decay": 0.1 if decay else 0.0} for (decay, _), g in groups.items()],
-        lr=LR,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-    text = np.load(folder / "train.npy", mmap_mode="r")
-    draw = np.random.default_rng(SEED)
-    times, losses = [], []
-    for _ in range(steps):
-        starts = draw.integers(0, len(text) - SEQ_LEN, batch)[rows]
-        windows = torch.from_numpy(
-            np.stack([text[s : s + SEQ_LEN + 1] for s in starts]).astype(np.int64)
+class Runner:
+    """Takes steps of one kind, and keeps their times and losses."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.params = dict(setup.model.named_parameters())
+        replicas = [setup.num_replicas[name] for name in self.params]
+        self.replicas = torch.tensor(replicas, dtype=torch.float32)
+        # Four groups, because a fused update takes no mix of DTensors and plain tensors.
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for param in self.params.values():
+            groups.setdefault((param.ndim >= 2, hasattr(param, "to_local")), []).append(param)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": group, "weight_decay": 0.1 if decay else 0.0}
+                for (decay, _), group in groups.items()
+            ],
+            lr=LR,
+            betas=(0.9, 0.95),
+            fused=True,
         )
-        tokens, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        self.times: list[float] = []
+        self.losses: list[float] = []
+
+    def step(self, windows: torch.Tensor) -> None:
+        mine = windows[self.setup.rows]
+        tokens, targets = mine[:, :-1].contiguous(), mine[:, 1:].contiguous()
+        dist.barrier()
         start = time.perf_counter()
-        optimizer.zero_grad()
-        loss = model(tokens, targets)
-        loss.backward()
-        clip_grad_norm([local(param.grad) for param in params.values()], replicas)
-        optimizer.step()
-        losses.append(loss.item())
-        times.append(time.perf_counter() - start)
-    return times, losses
+        with self.setup.context():
+            self.optimizer.zero_grad()
+            loss = self.setup.model(tokens, targets)
+            loss.backward()
+        clip_grad_norm([local(param.grad) for param in self.params.values()], self.replicas)
+        self.optimizer.step()
+        self.losses.append(loss.item())
+        self.times.append(time.perf_counter() - start)
 
 
-def run_ours(folder: Path, ranks: int, batch: int, steps: int, sequence: bool) -> Run:
+def ours(sequence: bool = False, num_chunks: int = 1) -> Setup:
     from bigtrain.comm.block import shards_of
     from bigtrain.tensor import apply_tensor_parallel
 
-    model = full_model()
-    apply_tensor_parallel(model, model.tensor_plan(), dist.group.WORLD, sequence_parallel=sequence)
-    shards = shards_of(model)
-    num_replicas = {
-        name: shards[name].num_replicas if name in shards else ranks
-        for name, _ in model.named_parameters()
-    }
-    return train(model, num_replicas, folder, batch, steps)
+    model, group = full_model(), dist.group.WORLD
+    apply_tensor_parallel(model, None, group, sequence_parallel=sequence, num_chunks=num_chunks)
+    shards, ranks = shards_of(model), dist.get_world_size()
+    names = [name for name, _ in model.named_parameters()]
+    return Setup(
+        model, {name: shards[name].num_replicas if name in shards else ranks for name in names}
+    )
 
 
-def run_ddp(folder: Path, ranks: int, batch: int, steps: int) -> Run:
+def ddp() -> Setup:
     from torch.nn.parallel import DistributedDataParallel
 
     model = DistributedDataParallel(full_model())
-    share, rank = batch // ranks, dist.get_rank()
-    num_replicas = {name: ranks for name, _ in model.named_parameters()}
-    rows = slice(rank * share, rank * share + share)
-    times, losses = train(model, num_replicas, folder, batch, steps, rows)
-    mean = torch.tensor(losses, dtype=torch.float64)
-    dist.all_reduce(mean)
-    return times, (mean / ranks).tolist()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    return Setup(
+        model, {name: ranks for name, _ in model.named_parameters()}, slice(rank, None, ranks)
+    )
 
 
 class SplitAttention(nn.Module):
@@ -168,7 +174,7 @@ class SplitAttention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
-def run_dtensor(folder: Path, ranks: int, batch: int, steps: int) -> Run:
+def dtensor(shared: bool) -> Setup:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import (
@@ -182,11 +188,12 @@ def run_dtensor(folder: Path, ranks: int, batch: int, steps: int) -> Run:
     model = full_model()
     for block in model.blocks:
         block.attention = SplitAttention(block.attention)
+    ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
     whole = {"input_layouts": Replicate(), "desired_input_layouts": Replicate()}
     plan = {
         "token_embedding": RowwiseParallel(input_layouts=Replicate()),
-        "blocks.*.attention": PrepareModuleInput(**whole),
+        **({"blocks.*.attention": PrepareModuleInput(**whole)} if shared else {}),
         "blocks.*.attention.q": ColwiseParallel(),
         "blocks.*.attention.k": ColwiseParallel(),
         "blocks.*.attention.v": ColwiseParallel(),
@@ -202,8 +209,7 @@ def run_dtensor(folder: Path, ranks: int, batch: int, steps: int) -> Run:
         name: 1 if any(p.is_shard() for p in getattr(param, "placements", ())) else ranks
         for name, param in model.named_parameters()
     }
-    with loss_parallel():
-        return train(model, num_replicas, folder, batch, steps)
+    return Setup(model, num_replicas, context=loss_parallel)
 
 
 class FusedAttention(nn.Module):
@@ -242,7 +248,7 @@ class MegatronLoss(nn.Module):
         return self.cross_entropy(self.model(tokens), targets).mean()
 
 
-def run_megatron(folder: Path, ranks: int, batch: int, steps: int) -> Run:
+def megatron() -> Setup:
     from megatron.core import ModelParallelConfig, parallel_state
     from megatron.core.tensor_parallel import (
         ColumnParallelLinear,
@@ -251,6 +257,7 @@ def run_megatron(folder: Path, ranks: int, batch: int, steps: int) -> Run:
         vocab_parallel_cross_entropy,
     )
 
+    ranks = dist.get_world_size()
     parallel_state.initialize_model_parallel(ranks, create_gloo_process_groups=False)
     config = ModelParallelConfig(tensor_model_parallel_size=ranks, use_cpu_initialization=True)
 
@@ -284,42 +291,57 @@ def run_megatron(folder: Path, ranks: int, batch: int, steps: int) -> Run:
         name: 1 if getattr(param, "tensor_model_parallel", False) else ranks
         for name, param in model.named_parameters()
     }
-    return train(model, num_replicas, folder, batch, steps)
+    return Setup(model, num_replicas)
 
 
-def worker(kind: str, folder: Path, batch: int, steps: int) -> None:
+BUILDERS: dict[str, Callable[[], Setup]] = {
+    "ddp": ddp,
+    "dtensor": partial(dtensor, shared=False),
+    "dtensor-shared": partial(dtensor, shared=True),
+    "megatron": megatron,
+    "ours": ours,
+    "ours-chunks": partial(ours, num_chunks=2),
+    "ours-sequence": partial(ours, sequence=True),
+}
+
+
+def worker(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    arguments = (folder, dist.get_world_size(), batch, steps)
-    if kind.startswith("ours"):
-        times, losses = run_ours(*arguments, sequence=kind == "ours-sequence")
-    else:
-        peers = {"ddp": run_ddp, "dtensor": run_dtensor, "megatron": run_megatron}
-        times, losses = peers[kind](*arguments)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    record = {"seconds": statistics.median(times[WARMUP:]), "peak_mb": peak, "losses": losses}
-    (folder / f"{kind}-{dist.get_rank()}.json").write_text(json.dumps(record))
+    runners = {kind: Runner(BUILDERS[kind]()) for kind in options.kinds}
+    text = np.load(options.folder / "train.npy", mmap_mode="r")
+    draw = np.random.default_rng(SEED)
+    for step in range(options.steps):
+        starts = draw.integers(0, len(text) - SEQ_LEN, options.batch)
+        rows = np.stack([text[start : start + SEQ_LEN + 1] for start in starts])
+        windows = torch.from_numpy(rows.astype(np.int64))
+        for kind in options.kinds if step % 2 else reversed(options.kinds):
+            runners[kind].step(windows)
+    records = {}
+    for kind, runner in runners.items():
+        mean = torch.tensor(runner.losses, dtype=torch.float64)
+        dist.all_reduce(mean)  # of ddp, whose ranks have seen different samples
+        records[kind] = {
+            "times": runner.times,
+            "losses": (mean / dist.get_world_size()).tolist(),
+        }
+    (options.folder / f"{dist.get_rank()}.json").write_text(json.dumps(records))
     dist.barrier()
     os._exit(0)
 
 
-def measure(kind: str, python: str, folder: Path, ranks: int, options: Any) -> dict[str, Any]:
-    command = [python, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), __file__]
-    command += ["--worker", kind, "--folder", str(folder)]
+def measure(folder: Path, ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return what each rank has recorded."""
+    command = [options.python, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), __file__, "--worker", "--folder", str(folder)]
     command += ["--steps", str(options.steps), "--batch", str(options.batch)]
+    command += ["--kinds", *options.kinds]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    if kind == "megatron":  # bigtrain need not be installed there
-        environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
-    result = subprocess.run(command, env=environment, timeout=600, stderr=subprocess.PIPE)
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    result = subprocess.run(command, env=environment, timeout=1800, stderr=subprocess.PIPE)
     if result.returncode:
-        sys.exit(f"{kind} on {ranks} ranks failed:\n{result.stderr.decode()[-4000:]}")
-    records = [json.loads((folder / f"{kind}-{r}.json").read_text()) for r in range(ranks)]
-    return {
-        "seconds": max(record["seconds"] for record in records),
-        "peak_mb": max(record["peak_mb"] for record in records),
-        "losses": records[0]["losses"],
-    }
+        sys.exit(f"{ranks} ranks failed:\n{result.stderr.decode()[-4000:]}")
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def megatron_version(python: str) -> str | None:
@@ -335,34 +357,31 @@ def megatron_version(python: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--batch", type=int, default=8, help="samples of 128 bytes, over all ranks")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--megatron-python", default=sys.executable, metavar="PATH")
-    parser.add_argument("--worker")
+    parser.add_argument("--python", default=sys.executable, metavar="PATH")
+    parser.add_argument("--worker", action="store_true")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker, options.folder, options.batch, options.steps)
+        worker(options)
         return
     if options.steps <= WARMUP:
         parser.error(f"--steps must be more than the {WARMUP} steps of warming up")
     for ranks in options.ranks:
         if options.batch % ranks or HEADS % ranks:
             parser.error(f"{ranks} ranks must divide the {HEADS} heads and --batch {options.batch}")
-    kinds = [kind for kind in KINDS if kind in options.kinds]
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {platform.machine()}")
-    if "megatron" in kinds:
-        version = megatron_version(options.megatron_python)
+    if "megatron" in options.kinds:
+        version = megatron_version(options.python)
         if version is None:
-            kinds.remove("megatron")
-            version = f"no row for megatron: {options.megatron_python} cannot import Megatron-core"
+            options.kinds = [kind for kind in options.kinds if kind != "megatron"]
+            version = f"no row for megatron: {options.python} cannot import Megatron-core"
         print(version)
-    print()
     print(
-        "| ranks | kind | tokens/s, ours / kind | tokens/s, kind / ddp | peak memory | loss gap |"
+        "\n| ranks | kind | ms a step | tokens/s, ours / kind | tokens/s, kind / ddp | loss gap |"
     )
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
@@ -370,38 +389,34 @@ def main() -> None:
         text = b"".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))
         np.save(folder / "train.npy", np.frombuffer(text, dtype=np.uint8))
         for ranks in options.ranks:
-            compare(folder, ranks, kinds, options)
+            show(ranks, measure(folder, ranks, options))
 
 
-def ratio(rounds: list[dict[str, Any]], kind: str, other: str) -> str:
-    """Return tokens/s of `kind` over that of `other`: the median of the rounds, and their range."""
-    if kind not in rounds[0] or other not in rounds[0]:
-        return "-"
-    values = [r[other]["seconds"] / r[kind]["seconds"] for r in rounds]
-    return f"**{statistics.median(values):.3f}** ({min(values):.2f} to {max(values):.2f})"
+def show(ranks: int, records: list[dict[str, Any]]) -> None:
+    # A step has taken as long as its slowest rank.
+    times = {
+        kind: [
+            max(step) for step in zip(*(r[kind]["times"][WARMUP:] for r in records), strict=True)
+        ]
+        for kind in records[0]
+    }
 
+    def ratio(kind: str, other: str) -> str:
+        if kind not in times or other not in times:
+            return "-"
+        ratios = [b / a for a, b in zip(times[kind], times[other], strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        return f"**{statistics.median(ratios):.3f}** ({low:.2f} to {high:.2f})"
 
-def compare(folder: Path, ranks: int, kinds: list[str], options: Any) -> None:
-    rounds = []
-    for index in range(options.repeats):
-        order = list(reversed(kinds)) if index % 2 else kinds
-        pythons = dict.fromkeys(order, sys.executable)
-        pythons["megatron"] = options.megatron_python
-        rounds.append({k: measure(k, pythons[k], folder, ranks, options) for k in order})
-    for kind in kinds:
-        seconds = statistics.median(r[kind]["seconds"] for r in rounds)
-        peak = statistics.median(r[kind]["peak_mb"] for r in rounds)
+    for kind, steps in times.items():
         gap = "-"
-        if "ddp" in kinds:
-            gaps = [
-                abs(a - b)
-                for r in rounds
-                for a, b in zip(r[kind]["losses"], r["ddp"]["losses"], strict=True)
-            ]
-            gap = f"{max(gaps):.1e}"
+        if "ddp" in times:
+            losses = zip(records[0][kind]["losses"], records[0]["ddp"]["losses"], strict=True)
+            gap = f"{max(abs(a - b) for a, b in losses):.1e}"
+        milliseconds = 1000 * statistics.median(steps)
         print(
-            f"| {ranks} | {kind} | {ratio(rounds, 'ours', kind)} | {ratio(rounds, kind, 'ddp')}; "
-            f"{options.batch * SEQ_LEN / seconds:,.0f} | {peak:.0f} MB | {gap} |",
+            f"| {ranks} | {kind} | {milliseconds:.0f} | {ratio('ours', kind)} "
+            f"| {ratio(kind, 'ddp')} | {gap} |",
             flush=True,
         )
 
