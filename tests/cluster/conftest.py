@@ -1,10 +1,14 @@
 """Fixtures of the tests that start real processes."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from runs import Bench
+
+# A shell that starts pytest in the background has it ignore Ctrl-C, and so all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
