@@ -96,7 +96,9 @@ def draw(curves: dict[str, dict[int, float]], killed_at: int, target: Path) -> N
             style = {"color": "black", "linewidth": 1, "linestyle": ":"}
         axes.plot(curve.keys(), curve.values(), label=name, **style)
     axes.axvline(killed_at, color="#888888", linewidth=1)
-    axes.annotate("kill -9 of all, resumed\nunder another layout", (killed_at + 1, 4.5), fontsize=9)
+    axes.annotate(
+        "kill -9 of all, resumed\nunder another layout", (killed_at + 1, 3.25), fontsize=9
+    )
     axes.set(xlabel="step", ylabel="loss, nats per byte")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
