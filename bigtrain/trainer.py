@@ -219,8 +219,7 @@ class Trainer:
         mine = [int(i) for ids, loss in seen if not loss.isfinite() for i in ids[:8]]
         everyone = all_gather_object(mine, self.mesh.world, "search for a NaN")
         guilty = [f"rank {rank} (samples {ids})" for rank, ids in enumerate(everyone) if ids]
-        bad = all_gather_object(self.path.nonfinite_parameters(gradients=True), self.mesh.world)
-        names = list(dict.fromkeys(name for names in bad for name in names))
+        names = self._nonfinite_parameters(gradients=True)
         what = f"step {self.step + 1}: " + (
             f"the loss on {' and '.join(guilty)} is NaN or infinite"
             if guilty
@@ -291,15 +290,19 @@ class Trainer:
         return where
 
     def _refuse_nonfinite(self) -> None:
-        names = self.path.nonfinite_parameters(gradients=False)
-        bad = all_gather_object(names, self.mesh.world)
-        everyone = list(dict.fromkeys(name for names in bad for name in names))
-        if everyone:
+        names = self._nonfinite_parameters(gradients=False)
+        if names:
             raise NonFiniteError(
-                f"after step {self.step}, {', '.join(everyone[:3])} is NaN or infinite",
+                f"after step {self.step}, {', '.join(names[:3])} is NaN or infinite",
                 why="the update overflowed; no checkpoint of it was written",
                 mend="lower optimizer.lr, and --resume from the checkpoint before",
             )
+
+    def _nonfinite_parameters(self, *, gradients: bool) -> list[str]:
+        """Return the names of those that are NaN or infinite on any rank, each once."""
+        mine = self.path.nonfinite_parameters(gradients=gradients)
+        everyone = all_gather_object(mine, self.mesh.world, "search for a NaN")
+        return list(dict.fromkeys(name for names in everyone for name in names))
 
     def check_replicas(self) -> None:
         """Compare, bit for bit, what several ranks hold: parameters and optimizer state.

@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from bigtrain.comm.block import Shard
-from bigtrain.comm.collectives import broadcast
 from bigtrain.comm.mesh import Axis, Group
 from bigtrain.errors import BigtrainError
 from bigtrain.tensor.regions import reduce_sum, reduce_to_sequence
-from bigtrain.tensor.split import even_split, shard_dim
+from bigtrain.tensor.split import even_split, shard_dim, take_part
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -65,9 +64,7 @@ class VocabParallelEmbedding(nn.Module):
         degree, rank = self.axis.degree, self.axis.rank
         self.start, self.stop = even_split(self.num_embeddings, degree, rank)
         own = shard_dim((self.num_embeddings, self.embedding_dim), 0, degree, rank)
-        broadcast(full.weight, self.axis, "broadcast of an embedding")
-        needs = full.weight.requires_grad
-        self.weight = nn.Parameter(own.take(full.weight.detach()), requires_grad=needs)
+        self.weight = take_part(full.weight, own, self.axis)
         self.shards: dict[str, Shard] = {"weight": own}
         self.train(full.training)
 

@@ -17,12 +17,11 @@ import torch
 from torch import nn
 
 from bigtrain.comm.block import Shard
-from bigtrain.comm.collectives import broadcast
 from bigtrain.comm.mesh import Axis, Group
 from bigtrain.errors import BigtrainError
 from bigtrain.tensor.products import ColumnProduct, Enter, RowProduct, Visit
 from bigtrain.tensor.regions import gather_channels, split_channels, sum_gradients
-from bigtrain.tensor.split import shard_dim
+from bigtrain.tensor.split import shard_dim, take_part
 
 
 class SharedInput:
@@ -156,10 +155,7 @@ class _ParallelLinear(nn.Module):
     bias: nn.Parameter | None
 
     def _take(self, name: str, full: torch.Tensor, shard: Shard) -> None:
-        """Hold this rank's part of `full` as it is on the first rank of the axis."""
-        broadcast(full, self.axis, f"broadcast of a {name}")
-        param = nn.Parameter(shard.take(full.detach()), requires_grad=full.requires_grad)
-        self.register_parameter(name, param)
+        self.register_parameter(name, take_part(full, shard, self.axis))
         self.shards[name] = shard
 
     def extra_repr(self) -> str:

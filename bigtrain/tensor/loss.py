@@ -1,6 +1,6 @@
 """Cross entropy of logits whose vocabulary is split over the ranks of an axis.
 
-Logits are never gathered: each rank reduces its own to four numbers a token.
+Logits are never gathered: each rank reduces its own to three or four numbers a token.
 """
 
 from __future__ import annotations

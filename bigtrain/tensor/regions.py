@@ -66,21 +66,19 @@ class _SumGradients:
         return parts[first : first + self.sharers].sum(0)
 
 
-def sum_gradients(
-    module: nn.Module, group: Group, names: Sequence[str] = (), sharers: int | None = None
-) -> None:
+def sum_gradients(module: nn.Module, group: Group, *, sharers: int | None = None) -> None:
     """Let parameters of which each rank computes a part of the gradient get the sum of the parts.
 
     For parameters that several ranks hold, but each applies to a part of the data only: norms on
-    sequence shards, key-value heads that ranks share. `names` are the parameters of `module` (all
-    if empty); `sharers` neighbouring ranks hold the same (all if None). Backward, once per backward
-    pass and parameter: an all-reduce over the axis, 2(n-1)/n of the gradient's bytes, or for some
-    sharers an all-gather, n-1 times its bytes. All holders get the same bits.
+    sequence shards, key-value heads that ranks share. `sharers` neighbouring ranks hold the same
+    (all if None). Backward, once per backward pass and parameter of `module`: an all-reduce over
+    the axis, 2(n-1)/n of the gradient's bytes, or for some sharers an all-gather, n-1 times its
+    bytes. All holders get the same bits.
     """
     axis = Axis.of(group)
     if axis.degree > 1:
-        chosen = names or [name for name, _ in module.named_parameters()]
-        module.register_forward_pre_hook(_SumGradients(chosen, axis, sharers or axis.degree))
+        names = [name for name, _ in module.named_parameters()]
+        module.register_forward_pre_hook(_SumGradients(names, axis, sharers or axis.degree))
 
 
 class _Reduce(torch.autograd.Function):

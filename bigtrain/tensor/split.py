@@ -1,4 +1,4 @@
-"""How one dim of a tensor is shared out over the ranks of an axis: arithmetic only.
+"""How one dim of a tensor is shared out over the ranks of an axis.
 
 Without units, sizes differ by at most one element. With units (the heads of a projection) no unit
 is ever cut: `units=(8,)` is one part of 8 heads, `units=(8, 2, 2)` a fused projection of 8 query
@@ -10,7 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+from torch import nn
+
 from bigtrain.comm.block import Block, Piece, Shard
+from bigtrain.comm.collectives import broadcast
+from bigtrain.comm.mesh import Axis
 from bigtrain.errors import BigtrainError
 
 
@@ -73,6 +78,15 @@ def shard_dim(
         cuts.append((start + rank * own, start + (rank + 1) * own))
         start += num * size
     return _assemble(shape, dim, cuts)
+
+
+def take_part(full: torch.Tensor, shard: Shard, axis: Axis) -> nn.Parameter:
+    """Return this rank's part of `full` as it is on the first rank of `axis`, as a parameter.
+
+    Communicates a broadcast of `full`.
+    """
+    broadcast(full, axis, "broadcast of a full parameter")
+    return nn.Parameter(shard.take(full.detach()), requires_grad=full.requires_grad)
 
 
 def _assemble(
