@@ -76,7 +76,7 @@ def _read(path: str, overrides: list[str] | None) -> tuple[Config, int]:
 @app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Tell everything that is wrong with a config, or what it amounts to. Needs no torch."""
-    from bigtrain.config.check import layout_of, microbatches_of
+    from bigtrain.config.check import describe_schedule, layout_of, microbatches_of
 
     read, num_ranks = _read(config, overrides)
     layout = layout_of(read, num_ranks)
@@ -88,6 +88,8 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
         f"  step    {train.global_batch} samples = {layout.dp} replica(s) x "
         f"{count} microbatch(es) x {size}"
     )
+    if layout.pp > 1:
+        typer.echo(f"  pipe    {describe_schedule(read, layout)}")
     typer.echo(f"  run     {train.steps} steps in {train.precision}, into {read.run.dir}")
 
 
@@ -99,6 +101,60 @@ def schema() -> None:
     from bigtrain.config.schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=1))
+
+
+@app.command()
+def schedule(
+    name: Annotated[str, typer.Argument(help="a schedule, or a table", metavar="NAME|FILE.csv")],
+    ranks: Annotated[int | None, typer.Option(help="Ranks of the pipeline, by default 4.")] = None,
+    microbatches: Annotated[
+        int | None, typer.Option(help="Microbatches of a step, by default 8.")
+    ] = None,
+    virtual_stages: Annotated[
+        int | None, typer.Option(help="Stages per rank, for interleaved; by default 2.")
+    ] = None,
+    forward: Annotated[
+        float, typer.Option(help="Time of a forward through all layers of a rank.")
+    ] = 1,
+    backward: Annotated[float, typer.Option(help="Time of a whole backward of them.")] = 2,
+    weight: Annotated[
+        float, typer.Option(help="The part of the backward that is for weight gradients.")
+    ] = 1,
+    transfer: Annotated[float, typer.Option(help="Time of a message between two ranks.")] = 0,
+    compare: Annotated[
+        str, typer.Option(help="Other schedules to set beside it, like gpipe,zb_h1.")
+    ] = "",
+    picture: Annotated[
+        str | None, typer.Option(help="Where to draw it, .svg or .png; else schedule-NAME.svg.")
+    ] = None,
+    no_picture: Annotated[bool, typer.Option("--no-picture", help="Draw nothing.")] = False,
+    csv: Annotated[str | None, typer.Option(help="Write the table, to edit and run it.")] = None,
+) -> None:
+    """Show a pipeline schedule on a clock: who does what when, its bubble, its memory."""
+    import shutil
+
+    from bigtrain.pipeline.report import (
+        Wish,
+        check_picture,
+        draw_all,
+        lines_of,
+        results_of,
+        write_csv,
+    )
+
+    if no_picture and picture is not None:
+        raise BigtrainError("--picture and --no-picture exclude each other", mend="give one")
+    check_picture(picture)
+    times = (forward, backward, weight, transfer)
+    results = results_of(Wish(name, ranks, microbatches, virtual_stages, *times, compare))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for line in lines_of(results, width):
+        typer.echo(line)
+    if csv is not None:
+        write_csv(results[0], csv)
+        typer.echo(f"table    {csv}")
+    if not no_picture:
+        typer.echo(f"picture  {draw_all(results, picture)}")
 
 
 @ckpt.command("list")

@@ -1,17 +1,38 @@
-"""The one place that composes: a single-device model and a mesh in, a gradient path out."""
+"""The one place that composes: a single-device model and a mesh in, what trains it out."""
 
 from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
 from bigtrain.comm.block import Shard, shards_of
 from bigtrain.comm.buckets import build_buckets, check_trainable
+from bigtrain.comm.collectives import all_gather_object, together
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Axis, Mesh
+from bigtrain.comm.p2p import Links
 from bigtrain.comm.sync import Replicated
 from bigtrain.errors import BigtrainError
+from bigtrain.ops.dropout import number_dropout
 from bigtrain.optim import decay_kind
+from bigtrain.pipeline.run import LossOf, Pipeline
+from bigtrain.pipeline.schedule import make_table, placement_of
+from bigtrain.pipeline.split import (
+    Bounds,
+    Chain,
+    make_stages,
+    prune,
+    tensors_of,
+)
+from bigtrain.pipeline.stage import whole
+from bigtrain.pipeline.table import Table
+from bigtrain.pipeline.units import choose_bounds
 from bigtrain.tensor import Plan, apply_tensor_parallel
 from bigtrain.tensor.apply import broadcast_replicated
 from bigtrain.tensor.plan import match_plan
@@ -37,9 +58,152 @@ def parallelize(
 
     Raises:
         BigtrainError: there is nothing to train, or a parameter that cannot be; a plan is missing
-            or does not fit; layers are split over other ranks than the mesh says.
+            or does not fit; layers are split over other ranks than the mesh says; the mesh has a
+            pipeline axis, which is `build_pipeline`'s.
+    """
+    if mesh.pp.degree > 1:
+        raise BigtrainError(
+            f"parallelize() with a mesh of pp={mesh.pp.degree}",
+            why="a model that is cut into stages has no forward of its own",
+            mend="use build_pipeline(), and the step() of what it returns",
+        )
+    pipeline = build_pipeline(
+        model,
+        mesh,
+        tensor_plan=tensor_plan,
+        sequence_parallel=sequence_parallel,
+        tp_chunks=tp_chunks,
+        dtype=dtype,
+        bucket_mb=bucket_mb,
+    )
+    return pipeline.path
+
+
+def build_pipeline(
+    model: nn.Module,
+    mesh: Mesh,
+    *,
+    schedule: str | Table = "1f1b",
+    virtual_stages: int = 1,
+    split: Sequence[str] | None = None,
+    cost: str = "counted",
+    example: Any = None,
+    loss_of: LossOf | None = None,
+    tensor_plan: Plan | None = None,
+    sequence_parallel: bool = False,
+    tp_chunks: int = 1,
+    dtype: torch.dtype = torch.float32,
+    bucket_mb: float = 25.0,
+) -> Pipeline:
+    """Spread `model` over `mesh`, in place, its pipeline axis included; return what runs it.
+
+    As `parallelize`; after tensor parallelism the model is cut into stages, of which this rank
+    keeps its own. With a pipeline degree of 1 there is one stage, the whole model.
+
+    schedule: a name (see `bigtrain schedule`), or a table for a fixed number of microbatches.
+    virtual_stages: stages per rank, where the schedule leaves that open.
+    split: where stages but the first begin, by the names of units: the layers that the model lists
+        (`pipeline_layers()`), or any modules of it. None: stages of about equal cost.
+    cost: "counted" (operations, from shapes alone) or "measured" (time on the first rank).
+    example, loss_of: a batch (of one microbatch) and the loss function that will be used. Needed
+        to find the units of a model that lists no layers, and to balance; all ranks give the same.
+
+    Raises:
+        BigtrainError: as `parallelize`; a schedule or a split that does not fit the model.
     """
     check_trainable(model)
+    number_dropout(model)
+    if isinstance(schedule, Table):
+        placement = schedule.placement
+    else:
+        placement = placement_of(schedule, mesh.pp.degree, virtual_stages)
+    _check_table(schedule, mesh)
+    chain: Chain | None = None
+    bounds: Bounds = []
+    if len(placement) > 1:
+        chain, bounds = together(
+            partial(choose_bounds, model, len(placement), split, cost, example, loss_of),
+            mesh.world,
+            "cutting the model into stages",
+        )
+        bounds = all_gather_object(bounds, mesh.world, "agreement on stages")[0]
+    _split_layers(model, mesh, tensor_plan, sequence_parallel, tp_chunks)
+    cut = _cut(model, mesh, chain, bounds, placement)
+    model.to(mesh.device)
+    _cast_untrained(model, dtype)
+    axes = {
+        holders: mesh.across_stages(holders)
+        for holders in sorted(set(cut.holders.values()))
+        if len(holders) > 1
+    }
+    own = {*model.parameters(), *model.buffers()}
+    names = {tensor: name for tensor, name in cut.names.items() if tensor in own}
+    # What stages share comes last in backward, so it is first here: buckets go the other way.
+    parameters = sorted(
+        ((name, p) for p, name in names.items() if isinstance(p, nn.Parameter)),
+        key=lambda item: len(cut.holders[item[0]]) == 1,
+    )
+    buckets = build_buckets(
+        parameters,
+        bucket_mb=bucket_mb,
+        dtype=dtype,
+        kind_of=decay_kind,
+        shards=cut.shards,
+        axis_of=lambda name: axes.get(cut.holders[name], mesh.dp),
+    )
+    axes_of_model = (mesh.tp, mesh.pp)
+    path = GradientPath(model, buckets, Replicated(mesh.dp), cut.shards, axes_of_model, names=names)
+    path.equalize()
+    stages = [whole(model)]
+    if chain is not None:
+        here = [stage for stage, rank in enumerate(placement) if rank == mesh.pp.rank]
+        stages = make_stages(chain, bounds, here, cut.stage_parameters)
+    links = Links(mesh, mesh.pp)
+    table_for = _tables(schedule, mesh.pp.degree, virtual_stages)
+    every = sum(math.prod(cut.shards[n].shape) for t, n in cut.names.items() if _is_param(t))
+    return Pipeline(path, stages, mesh.pp, links, table_for, placement, every)
+
+
+def _is_param(tensor: torch.Tensor) -> TypeGuard[nn.Parameter]:
+    return isinstance(tensor, nn.Parameter)
+
+
+def _check_table(schedule: str | Table, mesh: Mesh) -> None:
+    if isinstance(schedule, Table) and schedule.num_ranks != mesh.pp.degree:
+        raise BigtrainError(
+            f"the schedule {schedule.name} is for {schedule.num_ranks} ranks, "
+            f"but the mesh has pp={mesh.pp.degree}",
+            why="a table has one row for each pipeline rank",
+            mend=f"use pp={schedule.num_ranks}, or another table",
+        )
+
+
+def _tables(schedule: str | Table, num_ranks: int, virtual: int) -> Callable[[int], Table]:
+    """Return what makes the table for a number of microbatches."""
+
+    def table_for(num_microbatches: int) -> Table:
+        if isinstance(schedule, str):
+            return make_table(schedule, num_ranks, num_microbatches, virtual)
+        if schedule.num_microbatches != num_microbatches:
+            raise BigtrainError(
+                f"the schedule {schedule.name} is for {schedule.num_microbatches} microbatches, "
+                f"not for {num_microbatches}",
+                why="a table from a file has its microbatches written out",
+                mend="change the microbatch size, or the table",
+            )
+        return schedule
+
+    return table_for
+
+
+def _split_layers(
+    model: nn.Module,
+    mesh: Mesh,
+    tensor_plan: Plan | None,
+    sequence_parallel: bool,
+    tp_chunks: int,
+) -> None:
+    """Split the layers of `model` over the tensor-parallel axis."""
     if shards_of(model):
         _refuse_second_plan(tensor_plan, sequence_parallel)
         _check_groups(model, mesh.tp)
@@ -55,15 +219,64 @@ def parallelize(
         )
     elif tensor_plan is not None:
         match_plan(model, tensor_plan)  # a plan that is wrong is told of at any degree
-    model.to(mesh.device)
-    _cast_untrained(model, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """A model of which only the stages of this rank are left.
+
+    All is about the full model: the name of each parameter and buffer, which pipeline ranks hold
+    it, and what this rank's is of the full tensor (if it has it); the parameters of each stage.
+    """
+
+    names: Mapping[torch.Tensor, str]
+    holders: Mapping[str, tuple[int, ...]]
+    shards: Mapping[str, Shard]
+    stage_parameters: Sequence[Sequence[nn.Parameter]]
+
+
+def _cut(
+    model: nn.Module,
+    mesh: Mesh,
+    chain: Chain | None,
+    bounds: Bounds,
+    placement: Sequence[int],
+) -> _Cut:
+    every = (*model.named_parameters(), *model.named_buffers())  # one name for tied ones
+    names = {tensor: name for name, tensor in every}
     shards = _all_shards(model, mesh.tp)
-    buckets = build_buckets(
-        model, bucket_mb=bucket_mb, dtype=dtype, kind_of=decay_kind, shards=shards
+    if chain is None:
+        return _Cut(names, dict.fromkeys(names.values(), (0,)), shards, [])
+    owned = [chain.owned(*each) for each in bounds]
+    tensors = [tensors_of(model, each) for each in owned]
+    known = {tensor for each in tensors for tensor in each}
+    # A parameter that no unit uses belongs to the last stage, so that it is saved and decayed.
+    unused = [t for t in names if t not in known and isinstance(t, nn.Parameter)]
+    owned[-1] |= {names[t] for t in unused}
+    tensors[-1] += unused
+    # A buffer around the units stays on all ranks.
+    holders = dict.fromkeys(names.values(), tuple(range(mesh.pp.degree)))
+    found: dict[str, set[int]] = {}
+    for rank, mine in zip(placement, tensors, strict=True):
+        for tensor in mine:
+            found.setdefault(names[tensor], set()).add(rank)
+    holders |= {name: tuple(sorted(ranks)) for name, ranks in found.items()}
+    for name in names.values():
+        shards[name] = _held(shards[name], holders[name], mesh.pp.rank)
+    here = [mine for rank, mine in zip(placement, owned, strict=True) if rank == mesh.pp.rank]
+    prune(model, set().union(*here))
+    trained = [[t for t in mine if _is_param(t) and t.requires_grad] for mine in tensors]
+    return _Cut(names, holders, shards, trained)
+
+
+def _held(shard: Shard, holders: tuple[int, ...], rank: int) -> Shard:
+    """Return the shard of what the pipeline ranks `holders` hold alike."""
+    number = holders.index(rank) if rank in holders else 0
+    return dataclasses.replace(
+        shard,
+        replica=shard.replica * len(holders) + number,
+        num_replicas=shard.num_replicas * len(holders),
     )
-    path = GradientPath(model, buckets, Replicated(mesh.dp), shards, (mesh.tp,))
-    path.equalize()
-    return path
 
 
 def _refuse_second_plan(plan: Plan | None, sequence_parallel: bool) -> None:

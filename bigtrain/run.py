@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +17,14 @@ from bigtrain.comm.collectives import together
 from bigtrain.comm.init import choose_device, join, leave, set_timeout
 from bigtrain.comm.mesh import Mesh
 from bigtrain.comm.world import World, read_world
-from bigtrain.config.check import layout_of
+from bigtrain.config.check import describe_schedule, layout_of
 from bigtrain.config.load import load_config
 from bigtrain.config.schema import Config
 from bigtrain.errors import Stopped
 from bigtrain.lifetime import StopRequest
 from bigtrain.machine import threads_per_rank
 from bigtrain.models import GPT, Llama
+from bigtrain.models.build import evaluating
 from bigtrain.models.generate import generate
 from bigtrain.observe.curve import draw_curve
 from bigtrain.observe.jsonl import JsonLines, forget_after
@@ -57,7 +57,7 @@ def run(
         source = trainer.resume() if resume else None
         _announce(trainer, source, resume)
         together(lambda: _begin(trainer, folder), mesh.world, "start of the loop")
-        set_timeout(mesh, config.parallel.timeout_seconds)
+        set_timeout(config.parallel.timeout_seconds)
         stop.finishing = True  # from here on, a signal lets the step end and saves first
         validation_loss = _loop(trainer, folder, console)
         stop.finishing = False
@@ -107,13 +107,11 @@ def _begin(trainer: Trainer, folder: RunFolder) -> None:
 
 
 def _announce(trainer: Trainer, source: Path | None, resume: bool) -> None:
-    shards = trainer.path.shards
-    num_params = sum(math.prod(shards[n].shape) for n, _ in trainer.model.named_parameters())
     train, source_unit = trainer.config.train, trainer.source.unit
     log.info(
         "%s  |  %s parameters, %s  |  %d x %s per step = %d replica(s) x %d microbatch(es) of %d",
         trainer.mesh,
-        f"{num_params:,}",
+        f"{trainer.pipeline.num_parameters:,}",
         train.precision,
         train.global_batch,
         f"{trainer.source.items_per_sample} {source_unit}",
@@ -121,6 +119,8 @@ def _announce(trainer: Trainer, source: Path | None, resume: bool) -> None:
         trainer.num_microbatches,
         trainer.microbatch,
     )
+    if trainer.mesh.pp.degree > 1:
+        log.info("pipeline  |  %s", describe_schedule(trainer.config, trainer.mesh.layout))
     if source is not None:
         log.info("resumed from %s, after step %d", source, trainer.step)
     elif resume:
@@ -220,13 +220,15 @@ def _sample(trainer: Trainer) -> str:
     """
     prompt = torch.tensor(list(b"import os\n\n\ndef "), device=trainer.mesh.device)
     assert isinstance(trainer.model, GPT | Llama)  # config/check.py sees to it
-    tokens = generate(
-        trainer.model,
-        prompt,
-        trainer.config.eval.generate,
-        seed=trainer.config.run.seed,
-        multiple_of=trainer.mesh.tp.degree if trainer.config.parallel.sequence_parallel else 1,
-    )
+    with evaluating(trainer.model):
+        tokens = generate(
+            trainer.pipeline.forward,
+            prompt,
+            trainer.config.eval.generate,
+            max_seq_len=trainer.model.max_seq_len,
+            seed=trainer.config.run.seed,
+            multiple_of=trainer.mesh.tp.degree if trainer.config.parallel.sequence_parallel else 1,
+        )
     text = bytes(token % 256 for token in tokens.tolist()).decode("utf-8", errors="replace")
     # What a model says may hold control codes, which a terminal would obey.
     return "".join(

@@ -5,10 +5,12 @@ The Trainer prints nothing and writes nothing but checkpoints; `run.py` drives i
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +21,43 @@ from bigtrain.checkpoint.load import find_last_good, load_blocks
 from bigtrain.checkpoint.manifest import Manifest, State
 from bigtrain.checkpoint.save import prune, save
 from bigtrain.comm.block import Block, NamedBlock
-from bigtrain.comm.collectives import all_gather_object, all_reduce, start_all_reduce, together
+from bigtrain.comm.collectives import (
+    Pending,
+    all_gather_object,
+    all_reduce,
+    start_all_reduce,
+    together,
+)
 from bigtrain.comm.mesh import Mesh
-from bigtrain.compose import parallelize
-from bigtrain.config.check import microbatches_of
+from bigtrain.compose import build_pipeline
+from bigtrain.config.check import microbatches_of, schedule_of
 from bigtrain.config.schema import Config
 from bigtrain.data.build import open_source
 from bigtrain.data.permutation import derive_seed
 from bigtrain.data.stream import TrainStream, rank_positions, seed_everything, validation_batches
 from bigtrain.errors import BigtrainError, CheckpointError, NonFiniteError
 from bigtrain.lifetime import STOP_SIGNALS
-from bigtrain.models.build import build_loss, build_model, evaluating
+from bigtrain.models.build import Batch, build_loss, build_model, evaluating
 from bigtrain.observe.records import StepRecord
 from bigtrain.observe.replicas import find_divergence
-from bigtrain.ops.dropout import seed_dropout
+from bigtrain.ops.dropout import Dropout, seed_dropout
 from bigtrain.optim import learning_rate
 from bigtrain.optim.optimizer import build_optimizer
 
 log = logging.getLogger(__name__)
 
+STAGE_SEEDS = 2**40  # seeds of a stage are so far from those of the one before
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_SKIPS = 10  # skipped updates in a row after which a run is given up
+
+
+@dataclass(frozen=True)
+class _Microbatch:
+    """One microbatch of this rank: ids of its samples, tensors, and its places in the stream."""
+
+    ids: np.ndarray
+    batch: Batch
+    places: list[int]
 
 
 class Trainer:
@@ -69,17 +87,35 @@ class Trainer:
         seed_everything(config.run.seed)
         self.model = together(lambda: build_model(config.model), mesh.world, "building the model")
         self.loss_of = together(lambda: build_loss(config.model), mesh.world, "finding the loss")
-        self.path = parallelize(
+        self.pipeline = build_pipeline(
             self.model,
             mesh,
+            schedule=schedule_of(config),
+            virtual_stages=config.pipeline.virtual_stages,
+            split=config.pipeline.split,
+            cost=config.pipeline.cost,
+            example=self._example() if mesh.pp.degree > 1 else None,
+            loss_of=lambda model, batch: self.loss_of(model, batch).mean,
             tensor_plan=config.parallel.tensor_plan,
             sequence_parallel=config.parallel.sequence_parallel,
             tp_chunks=config.parallel.tp_chunks,
             dtype=self.dtype,
             bucket_mb=config.parallel.bucket_mb,
         )
+        self.path = self.pipeline.path
         self.optimizer = build_optimizer(self.path.segments(), config.optimizer)
+        self._draws_per_sample = any(isinstance(m, Dropout) for m in self.model.modules())
         self._stream: TrainStream | None = None
+
+    def _example(self) -> Batch:
+        """Return a batch of one microbatch, to find out what the parts of the model cost."""
+        some = validation_batches(
+            self.source.train, self.microbatch, seed=0, microbatch=self.microbatch, rank=0, degree=1
+        )
+        return {
+            name: t.to(self.dtype) if t.is_floating_point() else t
+            for name, t in next(some)[1].items()
+        }
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -113,21 +149,32 @@ class Trainer:
         begin = time.perf_counter()
         nominal = self.config.train.global_batch * self.source.items_per_sample
         totals = torch.zeros(4, dtype=torch.float64, device=self.mesh.device)
-        seen: list[tuple[np.ndarray, torch.Tensor]] = []
-        for micro in range(self.num_microbatches):
-            last = micro == self.num_microbatches - 1
-            ids, batch = self._next_microbatch(micro)
-            loss = self.loss_of(self.model, batch)
+        micros = [self._next_microbatch(number) for number in range(self.num_microbatches)]
+        losses: dict[int, torch.Tensor] = {}
+        summing: list[Pending] = []
+
+        def loss_of(model: Any, item: tuple[int, Batch]) -> torch.Tensor:
+            number, batch = item
+            loss = self.loss_of(model, batch)
             count = loss.count if loss.count is not None else nominal / self._num_shares
-            seen.append((ids, loss.mean.detach()))
+            losses[number] = loss.mean.detach()
             totals[0] += loss.mean.detach().double() * count
             totals[1] += count
-            if last:
-                self._vote(totals[2:])
-                summed = start_all_reduce(totals, self.mesh.world, "all_reduce of the loss")
-            self.path.backward(loss.mean * (count * self.mesh.dp.degree / nominal), last=last)
+            return loss.mean * (count * self.mesh.dp.degree / nominal)
+
+        def forwards_done() -> None:
+            self._vote(totals[2:])
+            what = "all_reduce of the loss"
+            summing.append(start_all_reduce(totals, self.mesh.world, what))
+
+        self.pipeline.run(
+            [(number, micro.batch) for number, micro in enumerate(micros)],
+            loss_of,
+            prepare=lambda stage, number, forward: self._seed(stage, micros[number], forward),
+            forwards_done=forwards_done,
+        )
         self.path.finish()
-        summed.wait()
+        summing[0].wait()
         loss_sum, items, *votes = (totals / self._num_holders).tolist()
 
         # Losses were weighted as if there were `nominal` items; `correction` makes that right.
@@ -142,14 +189,14 @@ class Trainer:
             self.optimizer.step(rate, self._divisor(norm, correction))
             self.path.publish()
         else:
-            self._on_nonfinite(seen)
+            self._on_nonfinite(micros, losses)
         self.step += 1
         self.cursor += self.config.train.global_batch
         for number, vote in zip(STOP_SIGNALS, votes, strict=True):
             self.stop_signal = number if vote else self.stop_signal
         speed = items / (time.perf_counter() - begin)
         mean = loss_sum / items if items > 0 else 0.0
-        samples = [int(i) for ids, _ in seen for i in ids]
+        samples = [int(i) for micro in micros for i in micro.ids]
         return StepRecord(self.step, mean, norm, rate, round(items), speed, not finite, samples)
 
     @property
@@ -159,16 +206,10 @@ class Trainer:
 
     @property
     def _num_holders(self) -> int:
-        """How many ranks of the world see the same samples: those that dp does not tell apart."""
-        return self.mesh.world.degree // self.mesh.dp.degree
+        """How many ranks of the world count the same losses: those of one last stage."""
+        return self.mesh.world.degree // (self.mesh.dp.degree * self.mesh.pp.degree)
 
-    def _next_microbatch(self, micro: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
-        """Return sample ids and batch, and seed what the model will draw for it.
-
-        Seeds belong to places in the stream, not to ranks. Our dropout draws for each sample, so it
-        is the same under every layout; other draws of a user's model are for a microbatch, so they
-        are the same under every layout with the same microbatch size.
-        """
+    def _next_microbatch(self, number: int) -> _Microbatch:
         dp, seed = self.mesh.dp, self.config.run.seed
         if self._stream is None:
             self._stream = TrainStream(
@@ -183,10 +224,22 @@ class Trainer:
                 pin_memory=self.mesh.device.type == "cuda",
             )
         ids, batch = self._stream.next()
-        places = rank_positions(self.cursor, micro, self.microbatch, dp.rank, dp.degree).tolist()
-        seed_dropout(self.model, [derive_seed(seed, 4, place) for place in places])
-        seed_everything(derive_seed(seed, 2, places[0]))
-        return ids, self._to_device(batch)
+        places = rank_positions(self.cursor, number, self.microbatch, dp.rank, dp.degree).tolist()
+        return _Microbatch(ids, self._to_device(batch), places)
+
+    def _seed(self, stage: int, micro: _Microbatch, forward: bool) -> None:
+        """Seed what the model will draw for a microbatch, before a forward and a backward.
+
+        Seeds belong to places in the stream, not to ranks. Our dropout draws for each sample, so it
+        is the same under every layout; other draws of a user's model are for a microbatch and a
+        stage, so they are the same under every layout with the same microbatch size and stages.
+        """
+        seed = self.config.run.seed
+        if self._draws_per_sample:
+            seeds = [derive_seed(seed, 4, place) for place in micro.places]
+            seed_dropout(self.model, seeds, recompute=not forward)
+        if forward:
+            seed_everything(derive_seed(seed, 2, micro.places[0] + stage * STAGE_SEEDS))
 
     def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Move a batch to the device; its floating-point tensors take the model's dtype."""
@@ -209,14 +262,17 @@ class Trainer:
             return None
         return torch.tensor(divisor, dtype=torch.float32, device=self.mesh.device)
 
-    def _on_nonfinite(self, seen: list[tuple[np.ndarray, torch.Tensor]]) -> None:
+    def _on_nonfinite(
+        self, micros: Sequence[_Microbatch], losses: Mapping[int, torch.Tensor]
+    ) -> None:
         """Skip this update, or end the run, naming the rank, the samples, the parameters at fault.
 
         All ranks get here together: what they looked at was summed over all of them.
         """
         self.num_skipped += 1
         self.path.abandon()
-        mine = [int(i) for ids, loss in seen if not loss.isfinite() for i in ids[:8]]
+        bad = [number for number, loss in losses.items() if not loss.isfinite()]
+        mine = [int(i) for number in bad for i in micros[number].ids[:8]]
         everyone = all_gather_object(mine, self.mesh.world, "search for a NaN")
         guilty = [f"rank {rank} (samples {ids})" for rank, ids in enumerate(everyone) if ids]
         names = self._nonfinite_parameters(gradients=True)
@@ -241,7 +297,8 @@ class Trainer:
     def evaluate(self) -> float | None:
         """Return the mean loss over `eval.samples` held-out samples; None for none.
 
-        Each rank computes a share; two numbers are summed over the data-parallel axis.
+        Each replica computes a share; two numbers are summed over the data-parallel axis, and
+        over the pipeline's, where only the last stage has them.
         """
         if not self.config.eval.samples:
             return None
@@ -255,13 +312,20 @@ class Trainer:
             rank=dp.rank,
             degree=dp.degree,
         )
+
+        def add_up(model: Any, item: tuple[int, Batch]) -> None:
+            num_samples, batch = item
+            loss = self.loss_of(model, batch)
+            items = num_samples * self.source.items_per_sample
+            count = loss.count if loss.count is not None else items
+            totals.add_(torch.tensor([float(loss.mean) * count, count]).to(totals))
+
+        at_once = 2 * self.mesh.pp.degree  # enough to keep all stages busy
         with evaluating(self.model):
-            for num_samples, batch in batches:
-                loss = self.loss_of(self.model, self._to_device(batch))
-                items = num_samples * self.source.items_per_sample
-                count = loss.count if loss.count is not None else items
-                totals += torch.tensor([float(loss.mean) * count, count]).to(totals)
-        all_reduce(totals, dp, "all_reduce of the validation loss")
+            while some := list(itertools.islice(batches, at_once)):
+                self.pipeline.evaluate([(n, self._to_device(b)) for n, b in some], add_up)
+        for axis in (dp, self.mesh.pp):
+            all_reduce(totals, axis, "all_reduce of the validation loss")
         return float(totals[0] / totals[1])
 
     # -- checkpoints ---------------------------------------------------------------------------
@@ -330,11 +394,14 @@ class Trainer:
         found = find_last_good(self.checkpoints, self.mesh.world)
         if found is None:
             return None
-        together(lambda: self._take_up(*found), self.mesh.world, "loading a checkpoint")
+        names = [block.name for block in self._blocks()]
+        everyone = all_gather_object(names, self.mesh.pp, "names of what the stages have")
+        known = {name for names in everyone for name in names}
+        together(lambda: self._take_up(*found, known), self.mesh.world, "loading a checkpoint")
         self.path.publish()
         return found[0]
 
-    def _take_up(self, where: Path, manifest: Manifest) -> None:
+    def _take_up(self, where: Path, manifest: Manifest, known: Set[str]) -> None:
         state = manifest.state
         must_agree: dict[str, tuple[Any, Any, str]] = {
             "model": (
@@ -355,15 +422,14 @@ class Trainer:
                     why="it would not go on as the run that it is",
                     mend=mend,
                 )
-        blocks = list(self._blocks())
-        left_over = sorted(manifest.tensors.keys() - {block.name for block in blocks})
+        left_over = sorted(manifest.tensors.keys() - known)
         if left_over:
             raise CheckpointError(
                 f"{where} has {len(left_over)} tensors that this run has not, like {left_over[0]}",
                 why="the checkpoint is of another model or of another optimizer",
                 mend="resume with the config that wrote it (it is in its manifest)",
             )
-        load_blocks(where, manifest, blocks)
+        load_blocks(where, manifest, self._blocks())
         self.step, self.cursor = state.step, state.cursor
         self.optimizer.num_updates = state.num_updates
         self._stream = None
@@ -386,6 +452,7 @@ class Trainer:
             if id(tensor) not in known:
                 known.add(id(tensor))
                 whole = Block.whole(tensor.shape)
+                name = path.names.get(tensor, name)
                 yield from path.shards[name].named_blocks(
                     f"model.{name}", whole, tensor.data, (dp.rank, dp.degree)
                 )

@@ -6,13 +6,14 @@ parameters of one kind (decayed, not decayed) lie side by side, so that a kind i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from bigtrain.comm.block import Shard
+from bigtrain.comm.mesh import Axis
 from bigtrain.errors import BigtrainError
 
 _ALIGNMENT = 16  # elements: 64 bytes of fp32, a cache line and a vector register
@@ -30,7 +31,7 @@ class Slot:
     kind: str
     shard: Shard
     start: int
-    # Of the step under way: has a gradient arrived in any microbatch, and in the last one?
+    # Of the step under way: has a gradient arrived, and is it the last that will?
     touched: bool = False
     ready: bool = False
 
@@ -52,11 +53,13 @@ class Slot:
 class Bucket:
     """Some parameters as flat buffers, all of the same length (padding stays zero).
 
+    axis: the ranks whose gradients are summed: those that hold the same parameters.
     params: what the model computes with, in the model's dtype; the parameters are views of it.
     main_params, main_grads: fp32. With an fp32 model `main_params` is `params` itself.
     """
 
     index: int
+    axis: Axis
     slots: list[Slot]
     params: torch.Tensor
     main_params: torch.Tensor
@@ -120,34 +123,40 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def build_buckets(
-    model: nn.Module,
+    parameters: Sequence[tuple[str, nn.Parameter]],
     *,
     bucket_mb: float,
     dtype: torch.dtype,
     kind_of: Callable[[str, nn.Parameter], str],
     shards: Mapping[str, Shard],
+    axis_of: Callable[[str], Axis],
 ) -> list[Bucket]:
-    """Move the trainable parameters of `model` into flat buckets of about `bucket_mb` MiB of fp32.
+    """Move trainable parameters, given by name, into flat buckets of about `bucket_mb` MiB of fp32.
 
     Buckets follow the reverse order of registration, which is about the order in which backward
-    makes gradients ready. The model computes in `dtype` afterwards. Buckets are filled one after
-    the other, so that at most one of them is held twice.
+    makes gradients ready. Those of one bucket have the same `axis_of`. The model computes in
+    `dtype` afterwards. Buckets are filled one after the other, so that at most one of them is held
+    twice.
     """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in reversed(parameters) if p.requires_grad]
+    axes = {name: axis_of(name) for name, _ in trainable}
     return [
-        _fill(index, group, dtype, kind_of, shards)
-        for index, group in enumerate(_group(reversed(trainable), bucket_mb))
+        _fill(index, axes[group[0][0]], group, dtype, kind_of, shards)
+        for index, group in enumerate(_group(trainable, axes, bucket_mb))
     ]
 
 
 def _group(
-    named: Iterable[tuple[str, nn.Parameter]], bucket_mb: float
+    named: Iterable[tuple[str, nn.Parameter]], axes: Mapping[str, Axis], bucket_mb: float
 ) -> Iterator[list[tuple[str, nn.Parameter]]]:
     limit = bucket_mb * 2**20 / 4
     group: list[tuple[str, nn.Parameter]] = []
     size = 0
     for name, param in named:
-        if group and (size + param.numel() > limit or param.device != group[0][1].device):
+        full = size + param.numel() > limit
+        if group and (
+            full or param.device != group[0][1].device or axes[name] is not axes[group[0][0]]
+        ):
             yield group
             group, size = [], 0
         group.append((name, param))
@@ -157,6 +166,7 @@ def _group(
 
 def _fill(
     index: int,
+    axis: Axis,
     group: list[tuple[str, nn.Parameter]],
     dtype: torch.dtype,
     kind_of: Callable[[str, nn.Parameter], str],
@@ -175,4 +185,4 @@ def _fill(
     params = main_params if dtype == torch.float32 else main_params.to(dtype)
     for slot in slots:
         slot.param.data = slot.view(params)
-    return Bucket(index, slots, params, main_params, torch.zeros_like(main_params))
+    return Bucket(index, axis, slots, params, main_params, torch.zeros_like(main_params))

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from bigtrain.comm.failure import published
 from bigtrain.comm.mesh import Axis
 from bigtrain.errors import BigtrainError, CommError
 
@@ -46,7 +47,7 @@ class Pending:
             CommError: a peer died or did not come in time.
         """
         if self._work is not None:
-            with _explained(self._what, self._axis):
+            with explained(self._what, self._axis):
                 self._work.wait()
             self._work = None
         return self._result()
@@ -69,7 +70,7 @@ def start_all_reduce(tensor: torch.Tensor, axis: Axis, what: str = "all_reduce")
     assert tensor.is_contiguous()
     work = None
     if axis.group is not None and tensor.numel():
-        with _explained(what, axis):
+        with explained(what, axis):
             work = dist.all_reduce(tensor, group=axis.group, async_op=True)
     return Pending(work, what, axis, lambda: tensor)
 
@@ -85,7 +86,7 @@ def start_all_gather(tensor: torch.Tensor, axis: Axis, what: str = "all_gather")
     gathered = own.new_empty((axis.degree, *own.shape))
     work = None
     if own.numel():
-        with _explained(what, axis):
+        with explained(what, axis):
             gather = _newest("all_gather_single", "all_gather_into_tensor")
             work = gather(gathered.view(-1), own.view(-1), group=axis.group, async_op=True)
     return Pending(work, what, axis, lambda: gathered)
@@ -101,7 +102,7 @@ def start_reduce_scatter(tensor: torch.Tensor, axis: Axis, what: str = "reduce_s
     assert len(tensor) == axis.degree
     if axis.group is None or not tensor.numel():
         return Pending(None, what, axis, lambda: tensor[axis.rank])
-    with _explained(what, axis):
+    with explained(what, axis):
         if tensor.device.type == "cpu":
             rows = torch.empty_like(tensor)
             work = dist.all_to_all_single(
@@ -125,7 +126,7 @@ def broadcast(tensor: torch.Tensor, axis: Axis, what: str = "broadcast") -> None
     if axis.group is not None and tensor.numel():
         # Backends copy raw memory, so what is not contiguous goes through a copy that is.
         dense = tensor.detach().contiguous()
-        with _explained(what, axis):
+        with explained(what, axis):
             dist.broadcast(dense, src=axis.ranks[0], group=axis.group)
         if dense.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(dense)
@@ -136,13 +137,14 @@ def all_gather_object(value: Any, axis: Axis, what: str = "all_gather_object") -
     if axis.group is None:
         return [value]
     values: list[Any] = [None] * axis.degree
-    with _explained(what, axis):
+    with explained(what, axis):
         dist.all_gather_object(values, value, group=axis.group)
     return values
 
 
 @contextmanager
-def _explained(what: str, axis: Axis) -> Iterator[None]:
+def explained(what: str, axis: Axis) -> Iterator[None]:
+    """Turn what a backend raises when a peer is gone or late into a CommError that says so."""
     try:
         yield
     except RuntimeError as error:
@@ -150,6 +152,9 @@ def _explained(what: str, axis: Axis) -> Iterator[None]:
         timed_out = "timed out" in text.lower() or "timeout" in text.lower()
         if not (timed_out or isinstance(error, dist.DistError) or _LOST_PEER.search(text)):
             raise
+        told = published()
+        if told is not None:
+            raise told from error
         raise CommError(
             f"{what} over axis {axis.name} (ranks {', '.join(map(str, axis.ranks))}) failed "
             f"on rank {axis.ranks[axis.rank]}",

@@ -9,7 +9,7 @@ its own data made it compute. What did not take part in a step counts as a zero 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -26,8 +26,7 @@ from bigtrain.errors import BigtrainError
 
 class _State(enum.Enum):
     IDLE = "no backward has run in this step"
-    ACCUMULATING = "microbatches are being added up"
-    LAST = "the last backward has run; buckets may be on the wire"
+    ACCUMULATING = "some gradients are not final yet"
     REDUCED = "the step is finished already"
 
 
@@ -35,10 +34,13 @@ class GradientPath:
     """Gradients of one model replica, in flat buckets, averaged over the data-parallel axis.
 
     A step is: `backward(loss, last=False)` for all microbatches but the last, `backward(loss)`,
-    `finish()`, an optimizer step on `segments()`, `publish()`.
+    `finish()`, an optimizer step on `segments()`, `publish()`. A schedule that makes gradients
+    final at several moments uses `accumulate` and `add` in place of `backward`.
 
     shards: what each parameter and buffer of the model is of its full tensor, by name.
     model_axes: the axes along which the model is split.
+    names: of parameters and buffers in the full model, where `model` is a part that may know them
+        by another name (tied ones).
     """
 
     def __init__(
@@ -48,27 +50,28 @@ class GradientPath:
         sync: GradientSync,
         shards: Mapping[str, Shard],
         model_axes: Sequence[Axis] = (),
+        names: Mapping[torch.Tensor, str] | None = None,
     ) -> None:
         self.model = model
         self.buckets = buckets
         self.sync = sync
         self.shards = shards
         self.model_axes = model_axes
+        self.names = names or {}
         self._state = _State.IDLE
         self._in_backward = False
+        self._final: Collection[nn.Parameter] = ()  # whose gradients this backward completes
         self._next = 0  # buckets before this one were handed to sync
-        self._missing = [0] * len(buckets)  # slots of each bucket that the last microbatch owes
+        self._missing = [0] * len(buckets)  # slots of each bucket whose gradient is not final
         self._published: list[torch.Tensor] = []  # copies of the buffers, to go back to
-        for bucket in buckets:
-            for slot in bucket.slots:
-                slot.param.register_post_accumulate_grad_hook(
-                    partial(self._on_gradient, bucket, slot)
-                )
+        self._places = {slot.param: (bucket, slot) for bucket in buckets for slot in bucket.slots}
+        for param, (bucket, slot) in self._places.items():
+            param.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket, slot))
 
     def equalize(self) -> None:
         """Give every rank the parameters (frozen ones too) and buffers of the axis's first rank."""
         for bucket in self.buckets:
-            broadcast(bucket.main_params, self.sync.axis, f"broadcast of bucket {bucket.index}")
+            broadcast(bucket.main_params, bucket.axis, f"broadcast of bucket {bucket.index}")
             if bucket.params is not bucket.main_params:
                 bucket.params.copy_(bucket.main_params)
         for param in self.model.parameters():
@@ -99,20 +102,40 @@ class GradientPath:
         Raises:
             BigtrainError: the last microbatch of the step is over.
         """
-        if self._state in (_State.IDLE, _State.REDUCED):
+        with self.accumulate(self._places if last else ()):
+            yield
+
+    @contextmanager
+    def accumulate(self, final: Collection[nn.Parameter] = ()) -> Iterator[None]:
+        """Collect the gradients of whatever backward passes run inside, undivided.
+
+        Those of `final` are complete then: each bucket is reduced as soon as all of its parameters
+        are, and those before it.
+
+        Raises:
+            BigtrainError: all gradients of the step are final already.
+        """
+        if self._state is not _State.ACCUMULATING:
             self._begin_step()
-        if self._state is _State.LAST:
+        elif self._next == len(self.buckets):
             raise BigtrainError(
                 "backward after the last backward of a step",
                 why="buckets may be on the wire already, so their gradients cannot change",
                 mend="pass last=False for all microbatches but the last, then finish()",
             )
-        self._state = _State.LAST if last else _State.ACCUMULATING
-        self._in_backward = True
+        self._in_backward, self._final = True, final
         try:
             yield
         finally:
-            self._in_backward = False
+            self._in_backward, self._final = False, ()
+        for param in final:
+            bucket, slot = self._places[param]
+            if not slot.ready:  # it took no part in the last backward
+                self._settle(bucket, slot)
+
+    def add(self, param: nn.Parameter, grad: torch.Tensor) -> None:
+        """Add to the gradient of `param` what a backward inside of `accumulate` left for later."""
+        self._add(*self._places[param], grad)
 
     def finish(self) -> None:
         """Return when every gradient is its mean over the axis.
@@ -122,14 +145,12 @@ class GradientPath:
         Raises:
             CommError: a rank died or did not come in time.
         """
-        if self._state is not _State.LAST:
+        if self._state is not _State.ACCUMULATING or self._next < len(self.buckets):
             raise BigtrainError(
                 f"finish() while {self._state.value}",
                 why="a step ends with one backward(loss) that is the last",
                 mend="call backward(loss) for the last microbatch first",
             )
-        for bucket in self.buckets[self._next :]:
-            self._hand_over(bucket)
         self.sync.finish()
         self._state = _State.REDUCED
         for bucket in self.buckets:
@@ -203,6 +224,7 @@ class GradientPath:
     # -- inside --------------------------------------------------------------------------------
 
     def _begin_step(self) -> None:
+        self._state = _State.ACCUMULATING
         self._next = 0
         for bucket in self.buckets:
             self._missing[bucket.index] = len(bucket.slots)
@@ -218,30 +240,35 @@ class GradientPath:
                 why="loss.backward() neither averages over ranks nor reduces buckets",
                 mend="call backward(loss) of what parallelize() returned",
             )
-        if bucket.index < self._next:
+        if bucket.index < self._next and param.grad is not None:
             raise BigtrainError(
                 f"the gradient of {slot.name} arrived twice in the last backward",
                 why="its bucket is on the wire already; re-entrant backward passes do this",
                 mend="use torch.utils.checkpoint with use_reentrant=False",
             )
-        assert param.grad is not None
-        grad = param.grad.to_dense() if param.grad.is_sparse else param.grad
+        if param.grad is None:
+            return  # it is left for later, see bigtrain.ops.later
+        self._add(bucket, slot, param.grad.to_dense() if param.grad.is_sparse else param.grad)
+        param.grad = None
+        if not slot.ready and param in self._final:
+            self._settle(bucket, slot)
+
+    def _add(self, bucket: Bucket, slot: Slot, grad: torch.Tensor) -> None:
         view = slot.view(bucket.main_grads)
         view.add_(grad) if slot.touched else view.copy_(grad)
         slot.touched = True
-        param.grad = None
-        if self._state is _State.LAST and not slot.ready:
-            slot.ready = True
-            self._missing[bucket.index] -= 1
-            while self._next < len(self.buckets) and not self._missing[self._next]:
-                self._hand_over(self.buckets[self._next])
 
-    def _hand_over(self, bucket: Bucket) -> None:
-        for slot in bucket.slots:
-            if not slot.touched:
-                slot.view(bucket.main_grads).zero_()
-        self._next = bucket.index + 1
-        self.sync.reduce(bucket)
+    def _settle(self, bucket: Bucket, slot: Slot) -> None:
+        """Note that the gradient of `slot` is final, and hand over what is complete by that."""
+        slot.ready = True
+        self._missing[bucket.index] -= 1
+        while self._next < len(self.buckets) and not self._missing[self._next]:
+            bucket = self.buckets[self._next]
+            self._next += 1
+            for each in bucket.slots:
+                if not each.touched:
+                    each.view(bucket.main_grads).zero_()
+            self.sync.reduce(bucket)
 
     def _buffers(self) -> list[torch.Tensor]:
         """Return what training may change besides parameters: the buffers that are saved.

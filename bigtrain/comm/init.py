@@ -75,11 +75,10 @@ def join(world: World, device: torch.device, timeout_seconds: float) -> None:
         ) from error
 
 
-def set_timeout(mesh: Mesh, seconds: float) -> None:
-    """Bound every later wait in the groups of `mesh`."""
-    for axis in (mesh.world, mesh.pp, mesh.dp, mesh.cp, mesh.tp):
-        if axis.group is not None:
-            distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), axis.group)
+def set_timeout(seconds: float) -> None:
+    """Bound every later wait in all groups of this process."""
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
 
 def _local_store(world: World, timeout: datetime.timedelta) -> dist.Store | None:

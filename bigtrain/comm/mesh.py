@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +115,39 @@ class Mesh:
         everyone = tuple(range(joined))
         world = Axis("world", joined, rank, everyone, dist.group.WORLD if joined > 1 else None)
         return cls(layout, rank, me.local_rank, device, world=world, **axes)
+
+    def across_stages(self, pp_ranks: Sequence[int]) -> Axis:
+        """Return the axis of all data-parallel ranks of some pipeline ranks, for what they share.
+
+        Every rank calls this; one that is not among them gets its own data-parallel axis.
+        """
+        group, ranks = self._grouped(
+            lambda place: (place["cp"], place["tp"]) if place["pp"] in pp_ranks else None
+        )
+        if self.pp.rank not in pp_ranks:
+            return self.dp
+        return Axis("dp of tied stages", len(ranks), ranks.index(self.rank), ranks, group)
+
+    def second_group(self, axis: Axis) -> dist.ProcessGroup | None:
+        """Return another process group of the ranks of `axis`; every rank calls this."""
+        others = [name for name in AXES if name != axis.name]
+        return self._grouped(lambda place: tuple(place[name] for name in others))[0]
+
+    def _grouped(
+        self, key_of: Callable[[dict[str, int]], Hashable | None]
+    ) -> tuple[dist.ProcessGroup | None, tuple[int, ...]]:
+        """Make a group of all ranks with the same key, for each key; return this rank's."""
+        groups: dict[Hashable, list[int]] = {}
+        for rank in range(self.layout.world_size):
+            key = key_of(self.layout.coordinate(rank))
+            if key is not None:
+                groups.setdefault(key, []).append(rank)
+        own: tuple[dist.ProcessGroup | None, tuple[int, ...]] = (None, ())
+        for ranks in groups.values():
+            group = dist.new_group(ranks) if len(ranks) > 1 else None
+            if self.rank in ranks:
+                own = group, tuple(ranks)
+        return own
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.layout} on {self.device}"

@@ -18,13 +18,15 @@ from bigtrain.comm.mesh import Axis
 class GradientSync(Protocol):
     """A strategy of data parallelism, asked bucket by bucket.
 
-    All ranks of the axis call `reduce` for the same buckets in the same order.
+    All ranks of the axis call `reduce` for the same buckets in the same order. A bucket says itself
+    over which ranks it is summed: those of the axis, and for parameters that several pipeline
+    stages share, those of all these stages.
     """
 
     axis: Axis
 
     def reduce(self, bucket: Bucket) -> None:
-        """Begin to sum `bucket.main_grads` over the axis; called while backward still runs."""
+        """Begin to sum `bucket.main_grads` over its axis; called while backward still runs."""
 
     def finish(self) -> None:
         """Return when the owned part of every reduced bucket holds its sum."""
@@ -55,7 +57,7 @@ class Replicated:
 
     def reduce(self, bucket: Bucket) -> None:
         what = f"all_reduce of gradient bucket {bucket.index}"
-        self._pending.append(start_all_reduce(bucket.main_grads, self.axis, what))
+        self._pending.append(start_all_reduce(bucket.main_grads, bucket.axis, what))
 
     def finish(self) -> None:
         for pending in self._pending:

@@ -11,8 +11,19 @@ import math
 from collections.abc import Callable, Iterator
 
 from bigtrain.config.layout import Layout, legal_head_degrees
-from bigtrain.config.schema import Config, FactoryModel, GptModel, LlamaModel, SgdOptimizer
+from bigtrain.config.schema import (
+    Config,
+    FactoryModel,
+    GptModel,
+    LlamaModel,
+    PipelineSection,
+    SgdOptimizer,
+)
 from bigtrain.errors import BigtrainError, Problem
+from bigtrain.pipeline.schedule import Table, make_table
+from bigtrain.pipeline.simulate import Costs, simulate
+from bigtrain.pipeline.table_file import read_csv
+from bigtrain.pipeline.validate import validate
 
 Rule = Callable[[Config, int | None], Iterator[Problem]]
 
@@ -44,6 +55,49 @@ def microbatches_of(config: Config, layout: Layout) -> tuple[int, int]:
     return microbatch, per_rank // microbatch
 
 
+def schedule_of(config: Config) -> str | Table:
+    """Return the name of the pipeline's schedule, or the table that a file has.
+
+    Raises:
+        BigtrainError: the file cannot be read, or is no valid table.
+    """
+    name = config.pipeline.schedule
+    return read_csv(name) if name.endswith(".csv") else name
+
+
+def table_of(config: Config, layout: Layout) -> Table:
+    """Return the pipeline's table for this layout.
+
+    Raises:
+        BigtrainError: there is none for these numbers.
+    """
+    schedule, pp = schedule_of(config), layout.pp
+    num_microbatches = microbatches_of(config, layout)[1]
+    if isinstance(schedule, str):
+        return make_table(schedule, pp, num_microbatches, config.pipeline.virtual_stages)
+    wrong = (schedule.num_ranks, schedule.num_microbatches) != (pp, num_microbatches)
+    if wrong:
+        raise BigtrainError(
+            f"{schedule.name} is a table for {schedule.num_ranks} ranks and "
+            f"{schedule.num_microbatches} microbatches, not for {pp} and {num_microbatches}",
+            why="a table from a file has its ranks and microbatches written out",
+            mend="change parallel.pp and train.microbatch, or the table",
+        )
+    return schedule
+
+
+def describe_schedule(config: Config, layout: Layout) -> str:
+    """Return in a line what the pipeline's schedule amounts to, if all stages cost the same."""
+    table = table_of(config, layout)
+    timeline = simulate(table, Costs())
+    peak = max(validate(table).peak_in_flight)
+    return (
+        f"{table.name}: {table.num_stages} stages on {table.num_ranks} ranks, "
+        f"{table.num_microbatches} microbatches, bubble {float(timeline.bubble):.0%} "
+        f"if stages are equal, at most {peak} in flight"
+    )
+
+
 def _divisors_near(number: int, wanted: int, most: int = 8) -> str:
     """Return the divisors of `number` that are nearest to `wanted`, in order, as text."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
@@ -52,15 +106,13 @@ def _divisors_near(number: int, wanted: int, most: int = 8) -> str:
 
 
 def _axes_that_exist(config: Config, world_size: int | None) -> Iterator[Problem]:
-    for axis, technique in (("cp", "context"), ("pp", "pipeline")):
-        degree = getattr(config.parallel, axis)
-        if degree > 1:
-            yield Problem(
-                f"parallel.{axis} = {degree}: this version has no {technique} parallelism",
-                why="only the data- and tensor-parallel axes can be split so far",
-                mend=f"remove parallel.{axis}, and spread the run with parallel.dp or parallel.tp",
-                keys=(f"parallel.{axis}",),
-            )
+    if config.parallel.cp > 1:
+        yield Problem(
+            f"parallel.cp = {config.parallel.cp}: this version has no context parallelism",
+            why="the data-, tensor- and pipeline-parallel axes can be split so far",
+            mend="remove parallel.cp, and spread the run with parallel.dp, tp or pp",
+            keys=("parallel.cp",),
+        )
 
 
 def _world(config: Config, world_size: int | None) -> Iterator[Problem]:
@@ -172,6 +224,48 @@ def _tensor(config: Config, world_size: int | None) -> Iterator[Problem]:
         )
 
 
+def _pipeline(config: Config, world_size: int | None) -> Iterator[Problem]:
+    world = world_size or fixed_world_size(config)
+    pp, keys = config.parallel.pp, ("pipeline.schedule", "parallel.pp", "train.microbatch")
+    if world is None or (pp == 1 and config.pipeline == PipelineSection()):
+        return
+    try:
+        layout = layout_of(config, world)
+    except BigtrainError:
+        return  # reported by _world
+    if config.train.global_batch % layout.dp:
+        return  # reported by _batch
+    try:
+        table = table_of(config, layout)
+    except BigtrainError as error:
+        yield dataclasses.replace(error.problem, keys=keys)
+        return
+    model, split = config.model, config.pipeline.split
+    if isinstance(model, FactoryModel):
+        return
+    units = ["embedding", *(f"blocks.{i}" for i in range(model.num_layers)), "head"]
+    if len(units) < table.num_stages:
+        yield Problem(
+            f"model.num_layers = {model.num_layers}: {len(units)} units (embedding, blocks, head) "
+            f"cannot be cut into {table.num_stages} stages",
+            why="every stage needs a unit at least",
+            mend=f"use at most {len(units)} stages (parallel.pp times stages per rank), or set "
+            f"model.num_layers to at least {table.num_stages - 2}",
+            keys=("parallel.pp", "model.num_layers", "pipeline.virtual_stages"),
+        )
+    if split is not None:
+        places = [units.index(name) if name in units else -1 for name in split]
+        if len(split) != table.num_stages - 1 or places != sorted({*places} - {-1, 0}):
+            yield Problem(
+                f"pipeline.split = [{', '.join(split)}] does not cut the model into "
+                f"{table.num_stages} stages",
+                why="it says where each stage but the first begins, in the model's order",
+                mend=f"give {table.num_stages - 1} of blocks.0 to {units[-2]} and head, or leave "
+                "it empty",
+                keys=("pipeline.split", "parallel.pp", "pipeline.virtual_stages"),
+            )
+
+
 def _sequence(config: Config, world_size: int | None) -> Iterator[Problem]:
     seq_len = getattr(config.data, "seq_len", None)
     if not isinstance(config.model, GptModel | LlamaModel) or seq_len is None:
@@ -242,6 +336,7 @@ RULES: tuple[Rule, ...] = (
     _batch,
     _heads,
     _tensor,
+    _pipeline,
     _sequence,
     _generate,
     _schedule,

@@ -197,11 +197,22 @@ class ParallelSection(Section):
     cp: PositiveInt = 1
     """Context-parallel degree."""
     pp: PositiveInt = 1
-    """Pipeline-parallel degree."""
+    """Pipeline-parallel degree: how many ranks have the layers, one part after the other."""
     bucket_mb: Annotated[float, Field(gt=0)] = 25.0
     """Size of a gradient bucket in MiB: what one all-reduce carries."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
     """A collective that waits longer than this for another rank fails."""
+
+
+class PipelineSection(Section):
+    schedule: Annotated[str, Field(min_length=1)] = "1f1b"
+    """gpipe, 1f1b, interleaved, zb_h1, zb_v, dualpipe_v, or the path of a table (.csv)."""
+    virtual_stages: PositiveInt = 1
+    """Stages per rank, for schedules that leave it open (interleaved: 2 or more)."""
+    split: list[str] | None = None
+    """Units at which the stages after the first begin, like blocks.2. Empty: equal costs."""
+    cost: Literal["counted", "measured"] = "counted"
+    """What makes stages equal: operations, counted from shapes, or time on the first rank."""
 
 
 class TrainSection(Section):
@@ -346,6 +357,8 @@ class Config(Section):
     """What it is trained on."""
     parallel: ParallelSection = ParallelSection()
     """How it is spread over ranks."""
+    pipeline: PipelineSection = PipelineSection()
+    """How layers are cut into stages, and in what order these work."""
     train: TrainSection = TrainSection()
     """The loop."""
     optimizer: Optimizer = AdamwOptimizer()

@@ -11,6 +11,7 @@ from torch import nn
 
 from bigtrain.models.loss import NextTokenLoss
 from bigtrain.ops.dropout import Dropout
+from bigtrain.pipeline.layer import Layer
 from bigtrain.tensor.plan import Plan, Style
 
 
@@ -102,12 +103,31 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        x = self.embed(tokens)
         for block in self.blocks:
             x = block(x)
+        return self.read_out(x, targets)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return what the first block is given, [B, T, C]."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+
+    def read_out(self, x: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+        """Return logits or the loss, of what the last block gives."""
         x = self.head(self.norm(x))
         return self.logits(x) if targets is None else self.loss(x, targets)
+
+    def pipeline_layers(self) -> list[Layer]:
+        """Return this model as a chain, which pipeline parallelism cuts into stages."""
+        embedding = ("token_embedding", "position_embedding", "dropout")
+        head = ("norm", "head", "logits", "loss")
+        blocks = [(f"blocks.{index}", block) for index, block in enumerate(self.blocks)]
+        return [
+            Layer("embedding", self.embed, embedding, ("tokens",)),
+            *(Layer(name, block, (name,)) for name, block in blocks),
+            Layer("head", self.read_out, head, ("targets",)),
+        ]
 
     def tensor_plan(self) -> Plan:
         """Return how tensor parallelism splits this model."""

@@ -7,11 +7,14 @@ Shapes in comments: B batch, T sequence, H query heads, K key-value heads, D hea
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from bigtrain.models.loss import NextTokenLoss
+from bigtrain.pipeline.layer import Layer
 from bigtrain.tensor.plan import Plan, Style
 
 
@@ -128,9 +131,27 @@ class Llama(nn.Module):
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         x = self.token_embedding(tokens)
         for block in self.blocks:
-            x = block(x, self.table)
+            x = self._apply_block(block, x)
+        return self.read_out(x, targets)
+
+    def read_out(self, x: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+        """Return logits or the loss, of what the last block gives."""
         x = self.head(self.norm(x))
         return self.logits(x) if targets is None else self.loss(x, targets)
+
+    def pipeline_layers(self) -> list[Layer]:
+        """Return this model as a chain, which pipeline parallelism cuts into stages."""
+        head = ("norm", "head", "logits", "loss")
+        blocks = [(f"blocks.{index}", block) for index, block in enumerate(self.blocks)]
+        return [
+            Layer("embedding", self.token_embedding, ("token_embedding",), ("tokens",)),
+            *(Layer(name, partial(self._apply_block, block), (name,)) for name, block in blocks),
+            Layer("head", self.read_out, head, ("targets",)),
+        ]
+
+    def _apply_block(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = block(x, self.table)
+        return y
 
     def tensor_plan(self) -> Plan:
         """Return how tensor parallelism splits this model."""

@@ -25,7 +25,7 @@ class Dropout(nn.Module):
     def __init__(self, p: float, *, per_sample: bool = True) -> None:
         super().__init__()
         self.p, self.per_sample = p, per_sample
-        self.layer = 0
+        self.layer: int | None = None  # which of the model's dropout layers, counted by it
         self.sample_seeds: Sequence[int] | None = None
         self._calls = 0
         self._dim, self._rank, self._degree = 0, 0, 1
@@ -48,6 +48,7 @@ class Dropout(nn.Module):
     def _draw(self, like: torch.Tensor) -> torch.Tensor:
         """Return a mask of zeros and 1 / (1 - p), of the shape and dtype of `like`."""
         assert self.sample_seeds is not None
+        assert self.layer is not None
         assert len(self.sample_seeds) == len(like)
         call = self._number_of_call()
         draw = torch.Generator(device=like.device)
@@ -74,10 +75,25 @@ class Dropout(nn.Module):
         return f"p={self.p}" + f", part {self._rank} of {self._degree}" * (self._degree > 1)
 
 
-def seed_dropout(model: nn.Module, sample_seeds: Sequence[int]) -> None:
-    """Give all dropout layers of `model` the seeds of the samples of the coming batch."""
-    layers = [module for module in model.modules() if isinstance(module, Dropout)]
-    for layer, module in enumerate(module for module in layers if module.per_sample):
+def number_dropout(model: nn.Module) -> None:
+    """Number the dropout layers of a whole model, before it is cut into stages."""
+    for layer, module in enumerate(_per_sample(model)):
         module.layer = layer
+
+
+def seed_dropout(model: nn.Module, sample_seeds: Sequence[int], *, recompute: bool = False) -> None:
+    """Give all dropout layers of `model` the seeds of the samples of the coming batch.
+
+    recompute: the batch had its forward, which activation checkpointing is about to repeat.
+    """
+    layers = _per_sample(model)
+    if any(module.layer is None for module in layers):
+        number_dropout(model)
+    for module in layers:
         module.sample_seeds = sample_seeds
-        module._calls = 0
+        if not recompute:
+            module._calls = 0
+
+
+def _per_sample(model: nn.Module) -> list[Dropout]:
+    return [m for m in model.modules() if isinstance(m, Dropout) and m.per_sample]

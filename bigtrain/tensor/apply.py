@@ -355,6 +355,7 @@ def _unscatter(module: nn.Module, style: Style, site: _Site, entrance: SharedInp
 def _split_dropout(module: nn.Dropout | Dropout, dim: int, axis: Axis) -> nn.Module:
     # torch's dropout draws from the default generator, which is the same on all ranks of a group.
     new = Dropout(module.p, per_sample=isinstance(module, Dropout))
+    new.layer = getattr(module, "layer", None)
     new.split(dim, axis.rank, axis.degree)
     return new.train(module.training)
 

@@ -5,7 +5,8 @@ Where a product and a collective do not need each other, the collective is on th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from bigtrain.comm.collectives import Pending, start_all_reduce
 from bigtrain.comm.mesh import Axis
+from bigtrain.ops.later import Later, later_for
 from bigtrain.tensor.regions import first_order, start_gather_sequence, start_scatter_sum
 
 
@@ -43,14 +45,14 @@ class Enter(torch.autograd.Function):
     """Identity, or all-gather of the sequence; backward sums the input's gradient over the axis.
 
     The gradients of the parameters inside (the weights, then the biases, of the layers) are
-    computed here too, while that sum is on the wire.
+    computed here too, while that sum is on the wire; or later, where a pipeline asks for that.
     """
 
     @staticmethod
     def forward(
         ctx: Any, visit: Visit, own: torch.Tensor, *params: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.visit = visit
+        ctx.visit, ctx.params, ctx.later = visit, params, later_for(params)
         if visit.sequence:
             return start_gather_sequence(own, visit.axis).wait()
         ctx.save_for_backward(own)
@@ -69,18 +71,17 @@ class Enter(torch.autograd.Function):
         elif ctx.needs_input_grad[1]:
             summing = start_all_reduce(grad.contiguous(), axis, "all_reduce of a gradient")
         needed = ctx.needs_input_grad[2:]
-        bias_grads = [
-            _bias_grad(g) if g is not None and wanted else None
-            for g, wanted in zip(grads, needed[len(grads) :], strict=True)
-        ]
-        weight_grads: list[torch.Tensor | None] = [None] * len(grads)
+        by_params: list[torch.Tensor | None] = [None] * len(needed)
+        full: Any = None
         if visit.trains_weights:
             full = gathering.wait() if gathering is not None else ctx.saved_tensors[0]
-            weight_grads = [
-                _weight_grad(g, full) if g is not None and wanted else None
-                for g, wanted in zip(grads, needed[: len(grads)], strict=True)
-            ]
-        return None, None if summing is None else summing.wait(), *weight_grads, *bias_grads
+        for index, own in enumerate(grads):
+            bias = len(grads) + index
+            if own is not None and needed[index]:
+                by_params[index] = _left_or_computed(ctx, index, partial(_weight_grad, own, full))
+            if own is not None and needed[bias]:
+                by_params[bias] = _left_or_computed(ctx, bias, partial(_bias_grad, own))
+        return None, None if summing is None else summing.wait(), *by_params
 
 
 class ColumnProduct(torch.autograd.Function):
@@ -134,6 +135,7 @@ class RowProduct(torch.autograd.Function):
         num_chunks: int,
     ) -> torch.Tensor:
         ctx.axis, ctx.sequence = axis, sequence
+        ctx.params, ctx.later = (weight, bias), later_for((weight, bias))
         ctx.save_for_backward(x, weight)
         parts = x.chunk(num_chunks)
         if sequence:
@@ -159,9 +161,23 @@ class RowProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         full = start_gather_sequence(grad, ctx.axis).wait() if ctx.sequence else grad
         input_grad = full @ weight if ctx.needs_input_grad[0] else None
-        weight_grad = _weight_grad(full, x) if ctx.needs_input_grad[1] else None
-        bias_grad = _bias_grad(full) if ctx.needs_input_grad[2] else None
+        weight_grad = bias_grad = None
+        if ctx.needs_input_grad[1]:
+            weight_grad = _left_or_computed(ctx, 0, partial(_weight_grad, full, x))
+        if ctx.needs_input_grad[2]:
+            bias_grad = _left_or_computed(ctx, 1, partial(_bias_grad, full))
         return input_grad, weight_grad, bias_grad, None, None, None
+
+
+def _left_or_computed(
+    ctx: Any, index: int, compute: Callable[[], torch.Tensor]
+) -> torch.Tensor | None:
+    """Return the gradient of parameter `index`, or None where it is left for later."""
+    later: Later | None = ctx.later
+    if later is None or not later.open:
+        return compute()
+    later.leave(ctx.params[index], compute)
+    return None
 
 
 def _weight_grad(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: a model split across ranks by layers, run by a schedule that is data."""

@@ -1,0 +1,78 @@
+"""A stage: the part of a model that runs as one action, and what stands in for the whole of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # how the model was called: args, kwargs
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Units [start, stop) of a model, as stage `index` of `num_stages`.
+
+    run(what the stage before gave, how the model was called) gives what the next stage needs, or in
+    the last stage what the model returns. Without `sees_call` the call may be None.
+    """
+
+    index: int
+    num_stages: int
+    units: Sequence[str]
+    parameters: Sequence[nn.Parameter]
+    run: Callable[[Any, Call | None], Any]
+    sees_call: bool
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.num_stages - 1
+
+
+def whole(model: nn.Module) -> Stage:
+    """Return all of `model` as the only stage."""
+
+    def run(carry: Any, call: Call | None) -> Any:
+        assert call is not None
+        return model(*call[0], **call[1])
+
+    params = [param for param in model.parameters() if param.requires_grad]
+    return Stage(0, 1, [type(model).__name__], params, run, sees_call=True)
+
+
+class Captured(BaseException):
+    """Ends a loss function where it calls the model, which is all that an earlier stage needs.
+
+    No Exception, so that no loss function takes it for an error.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+
+class StandIn:
+    """What a loss function takes for the model: a call runs `answer`, the rest is the model's."""
+
+    def __init__(self, model: nn.Module, answer: Callable[[Call], Any]) -> None:
+        self._model, self._answer = model, answer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._answer((args, kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def call_of(loss_of: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Call | None:
+    """Return how `loss_of` calls the model for `batch`; None if it does not."""
+
+    def stop(call: Call) -> Any:
+        raise Captured(call)
+
+    try:
+        loss_of(StandIn(model, stop), batch)
+    except Captured as captured:
+        return captured.call
+    return None

@@ -1,0 +1,148 @@
+"""Where a model is cut: the units it is made of, what they cost, and where stages begin."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from bigtrain.errors import BigtrainError
+from bigtrain.pipeline.follow import Followed, follow
+from bigtrain.pipeline.record import RecordedChain
+from bigtrain.pipeline.split import Bounds, Chain, LayerChain, balanced, bounds_at
+from bigtrain.pipeline.stage import Call, call_of
+
+log = logging.getLogger(__name__)
+
+EVEN_ENOUGH = 1.15  # costliest stage over the mean, where finer units are not looked for any more
+MOST_LOOKS = 12  # into how many layers of modules
+
+
+def choose_bounds(
+    model: nn.Module,
+    num_stages: int,
+    split: Sequence[str] | None,
+    cost: str,
+    example: Any,
+    loss_of: Any,
+) -> tuple[Chain, Bounds]:
+    """Return the model as a chain of units, and which of them each stage has.
+
+    A model that lists its layers is made of these. Of any other, one forward is followed: with
+    `split`, the modules beside those that are named are the units; without, as fine ones as it
+    takes to make stages even.
+
+    Raises:
+        BigtrainError: the model cannot be cut so; or an example is needed, and there is none.
+    """
+    if callable(getattr(model, "pipeline_layers", None)):
+        chain: Chain = LayerChain(model)
+        if split is not None:
+            return chain, bounds_at(chain.units, split, num_stages)
+        if len(chain.units) < num_stages:
+            return chain, balanced(chain.units, [1.0] * len(chain.units), num_stages)  # refuses
+        return chain, balanced(chain.units, _list_costs(chain, cost, example, loss_of), num_stages)
+    call = _call(model, example, loss_of)
+    if split is not None:
+        _refuse_unknown(model, split)
+        followed = _followed(model, _around(split), cost, call)
+        chain = RecordedChain(model, _around(split), followed)
+        return chain, bounds_at(chain.units, split, num_stages)
+    return _finely(model, num_stages, cost, call)
+
+
+def _finely(model: nn.Module, num_stages: int, cost: str, call: Call) -> tuple[Chain, Bounds]:
+    """Look into the costliest modules until stages are even, or nothing is left to look into."""
+    inside, closed = {""}, set[str]()
+    followed = _followed(model, inside, cost, call)
+    for _ in range(MOST_LOOKS):
+        wanted = _too_coarse(model, inside | closed, followed, num_stages)
+        if not wanted:
+            break
+        try:
+            finer = _followed(model, inside | wanted, cost, call)
+        except BigtrainError as error:
+            log.info("%s stays in one piece: %s", ", ".join(sorted(wanted)), error)
+            closed |= wanted
+            continue
+        inside, followed = inside | wanted, finer
+    chain = RecordedChain(model, frozenset(inside), followed)
+    return chain, balanced(chain.units, followed.costs, num_stages)
+
+
+def _too_coarse(model: nn.Module, known: set[str], followed: Followed, num_stages: int) -> set[str]:
+    """Return the modules to look into, so that stages can be more even; none if they are."""
+    units, costs = followed.units, followed.costs
+    mean = sum(costs) / num_stages
+    if len(units) >= num_stages:
+        bounds = balanced([unit.name for unit in units], costs, num_stages)
+        if max(sum(costs[start:stop]) for start, stop in bounds) <= EVEN_ENOUGH * mean:
+            return set()
+    open_ = {
+        unit.module: cost
+        for unit, cost in zip(units, costs, strict=True)
+        if unit.module not in known and any(model.get_submodule(unit.module).children())
+    }
+    if not open_:
+        return set()
+    # All of the same size at once: they are layers of one kind.
+    largest = max(open_.values())
+    if largest < 0.05 * mean and len(units) >= num_stages:
+        return set()
+    return {name for name, cost in open_.items() if cost >= 0.9 * largest}
+
+
+def _around(split: Sequence[str]) -> frozenset[str]:
+    """Return the modules to look into, so that those named are seen."""
+    return frozenset({""} | {name[:i] for name in split for i, c in enumerate(name) if c == "."})
+
+
+def _refuse_unknown(model: nn.Module, split: Sequence[str]) -> None:
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    if not set(split) <= known:
+        bounds_at(sorted(known - {""}), split, len(split) + 1)  # names what is near
+
+
+def _followed(model: nn.Module, inside: Any, cost: str, call: Call) -> Followed:
+    from bigtrain.pipeline.cost import metered  # late: fake tensors take half a second
+
+    def run(example: Call, read: Callable[[], float]) -> Followed:
+        return follow(model, inside, example, read)
+
+    runs = metered(model, cost, call, run)
+    runs[0].costs = [min(costs) for costs in zip(*(each.costs for each in runs), strict=True)]
+    return runs[0]
+
+
+def _list_costs(chain: Chain, cost: str, example: Any, loss_of: Any) -> list[float]:
+    from bigtrain.pipeline.cost import metered
+
+    def run(call: Call, read: Callable[[], float]) -> list[float]:
+        costs, carry = [], None
+        for index in range(len(chain.units)):
+            before = read()
+            carry = chain.part(index, index + 1)(carry, call)
+            costs.append(read() - before)
+        return costs
+
+    runs = metered(chain.model, cost, _call(chain.model, example, loss_of), run)
+    return [min(costs) for costs in zip(*runs, strict=True)]
+
+
+def _call(model: nn.Module, example: Any, loss_of: Any) -> Call:
+    call = call_of(loss_of or _by_name, model, example) if example is not None else None
+    if call is None:
+        raise BigtrainError(
+            f"no example of how {type(model).__name__} is called"
+            if example is None
+            else f"the loss function does not call {type(model).__name__}",
+            why="what its units are and cost is found by following one forward",
+            mend="pass example= (a batch of one microbatch) and the loss_of= that is used",
+        )
+    return call
+
+
+def _by_name(model: Any, batch: Any) -> Any:
+    return model(**batch)
