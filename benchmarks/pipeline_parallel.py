@@ -20,7 +20,8 @@ torch-tuned  the same with one block moved from the last stage, which has the he
 deepspeed    PipelineModule (1F1B) with its default partition, by parameters; it steps the AdamW
 megatron     Megatron-core's forward_backward_pipelining_without_interleaving; for interleaved its
              _with_interleaving, with the communication overlapped as its command line has it
-ours         bigtrain's pipeline
+ours         bigtrain's pipeline, cut automatically by counted cost (halves of blocks, too)
+ours-equal   bigtrain's pipeline, cut into equal numbers of blocks
 
 Schedules have the names of bigtrain; zb_h1 is torch's InterleavedZeroBubble with one stage a rank,
 and zb_interleaved the same with two. interleaved, zb_v and dualpipe_v have two stages on every
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
@@ -80,6 +82,7 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "torch-tuned": ("torch", list(SCHEDULES)),
     "deepspeed": ("deepspeed", ["1f1b"]),
     "megatron": ("megatron.core", ["1f1b", "interleaved"]),
+    "ours-equal": ("bigtrain.pipeline", [name for name in SCHEDULES if name != "zb_interleaved"]),
     "ours": ("bigtrain.pipeline", [name for name in SCHEDULES if name != "zb_interleaved"]),
 }
 
@@ -118,7 +121,7 @@ class Kind:
     The loss is wanted on the rank that computes the last layer; others may return None.
     """
 
-    split: list[int] | None = None  # blocks per stage, for the report
+    split: list[int] | list[float] | None = None  # blocks per stage, for the report
 
     def step(self, tokens: torch.Tensor, targets: torch.Tensor) -> float | None:
         raise NotImplementedError
@@ -382,9 +385,10 @@ class Megatron(Kind):
         return torch.stack(losses).mean().item() if losses else None
 
 
-# ---- ours: a draft ------------------------------------------------------------------------------
 class Ours(Kind):
-    def __init__(self, setup: Setup) -> None:
+    """bigtrain's pipeline, cut automatically; or with equal numbers of blocks, as the peers."""
+
+    def __init__(self, setup: Setup, equal: bool = False) -> None:
         from bigtrain.comm.mesh import Mesh
         from bigtrain.comm.world import World
         from bigtrain.compose import build_pipeline
@@ -393,34 +397,49 @@ class Ours(Kind):
 
         me = World(setup.rank, setup.ranks, setup.rank, setup.ranks)
         mesh = Mesh.build(Layout(pp=setup.ranks), me, torch.device("cpu"))
+        starts = list(itertools.accumulate(setup.equal_split()))[:-1]
+        example = torch.zeros(MICROBATCH, SEQ_LEN, dtype=torch.long)
         self.setup = setup
         self.pipeline = build_pipeline(
             full_model(),
             mesh,
             schedule=setup.schedule,
             virtual_stages=setup.chunks,
-            split=self.equal_units(setup),
+            split=[f"blocks.{start}" for start in starts] if equal else None,
+            example=(example, example),
+            loss_of=self.loss_of,
         )
+        self.split = setup.equal_split() if equal else self.found_split(setup)
         self.optimizer = AdamW(
             self.pipeline.path.segments(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1
         )
 
-    def equal_units(self, setup: Setup) -> list[str]:
-        """Return the first blocks of stages but the first, the same as of the others."""
-        self.split = setup.equal_split()
-        return [f"blocks.{start}" for start in list(itertools.accumulate(self.split))[:-1]]
+    def found_split(self, setup: Setup) -> list[float]:
+        """Return the number of blocks of each stage, which halves of blocks may be in."""
+        mine = {
+            stage.index: sum(unit.startswith("blocks") for unit in stage.units) / 2
+            for stage in self.pipeline.stages
+        }
+        everyone: list[Any] = [None] * setup.ranks
+        dist.all_gather_object(everyone, mine)
+        return [
+            count for _, count in sorted({k: v for one in everyone for k, v in one.items()}.items())
+        ]
+
+    @staticmethod
+    def loss_of(model: Any, batch: Any) -> torch.Tensor:
+        return model(*batch)
 
     def step(self, tokens: torch.Tensor, targets: torch.Tensor) -> float:
         parts, path = self.setup.microbatches, self.pipeline.path
         pairs = list(zip(tokens.chunk(parts), targets.chunk(parts), strict=True))
-        loss = self.pipeline.step(pairs, lambda model, pair: model(*pair))
+        loss = self.pipeline.step(pairs, self.loss_of)
         path.finish()
         self.optimizer.step()
         path.publish()
         return loss.item()
 
 
-# ---- end of ours --------------------------------------------------------------------------------
 BUILDERS: dict[str, Callable[[Setup], Kind]] = {
     "plain": Plain,
     "ddp": DDP,
@@ -428,6 +447,7 @@ BUILDERS: dict[str, Callable[[Setup], Kind]] = {
     "torch-tuned": torch_tuned,
     "deepspeed": DeepSpeed,
     "megatron": Megatron,
+    "ours-equal": functools.partial(Ours, equal=True),
     "ours": Ours,
 }
 

@@ -13,8 +13,10 @@ _PUBLIC = {
     "BigtrainError": "bigtrain.errors",
     "ColumnParallelLinear": "bigtrain.tensor",
     "GradientPath": "bigtrain.comm.gradient",
+    "Layer": "bigtrain.pipeline.layer",
     "Layout": "bigtrain.config.layout",
     "Mesh": "bigtrain.comm.mesh",
+    "Pipeline": "bigtrain.pipeline.run",
     "ParallelAttention": "bigtrain.tensor",
     "ParallelMLP": "bigtrain.tensor",
     "RowParallelLinear": "bigtrain.tensor",
@@ -24,6 +26,7 @@ _PUBLIC = {
     "VocabParallelCrossEntropy": "bigtrain.tensor",
     "VocabParallelEmbedding": "bigtrain.tensor",
     "apply_tensor_parallel": "bigtrain.tensor",
+    "build_pipeline": "bigtrain.compose",
     "gather_sequence": "bigtrain.tensor",
     "split_sequence": "bigtrain.tensor",
     "sum_gradients": "bigtrain.tensor",
@@ -40,11 +43,13 @@ if TYPE_CHECKING:
     from bigtrain.comm.gradient import GradientPath
     from bigtrain.comm.init import init, leave
     from bigtrain.comm.mesh import Mesh
-    from bigtrain.compose import parallelize
+    from bigtrain.compose import build_pipeline, parallelize
     from bigtrain.config.layout import Layout
     from bigtrain.config.load import load_config
     from bigtrain.errors import BigtrainError
     from bigtrain.optim import SGD, AdamW
+    from bigtrain.pipeline.layer import Layer
+    from bigtrain.pipeline.run import Pipeline
     from bigtrain.tensor import (
         ColumnParallelLinear,
         ParallelAttention,
@@ -67,16 +72,19 @@ __all__ = [
     "BigtrainError",
     "ColumnParallelLinear",
     "GradientPath",
+    "Layer",
     "Layout",
     "Mesh",
     "ParallelAttention",
     "ParallelMLP",
+    "Pipeline",
     "RowParallelLinear",
     "Style",
     "Trainer",
     "VocabParallelCrossEntropy",
     "VocabParallelEmbedding",
     "apply_tensor_parallel",
+    "build_pipeline",
     "gather_sequence",
     "init",
     "leave",

@@ -22,6 +22,7 @@ from bigtrain.comm.collectives import all_reduce, broadcast
 from bigtrain.comm.mesh import Axis
 from bigtrain.comm.sync import GradientSync
 from bigtrain.errors import BigtrainError
+from bigtrain.ops.later import Gradient, Product
 
 
 class _State(enum.Enum):
@@ -133,9 +134,9 @@ class GradientPath:
             if not slot.ready:  # it took no part in the last backward
                 self._settle(bucket, slot)
 
-    def add(self, param: nn.Parameter, grad: torch.Tensor) -> None:
-        """Add to the gradient of `param` what a backward inside of `accumulate` left for later."""
-        self._add(*self._places[param], grad)
+    def add(self, param: nn.Parameter, gradient: Gradient) -> None:
+        """Add to the gradient of `param` what does not come through autograd, in `accumulate`."""
+        self._add(*self._places[param], gradient)
 
     def finish(self) -> None:
         """Return when every gradient is its mean over the axis.
@@ -240,22 +241,27 @@ class GradientPath:
                 why="loss.backward() neither averages over ranks nor reduces buckets",
                 mend="call backward(loss) of what parallelize() returned",
             )
-        if bucket.index < self._next and param.grad is not None:
+        if param.grad is not None:  # else it was given to `add`
+            grad = param.grad
+            self._add(bucket, slot, grad.to_dense() if grad.is_sparse else grad)
+            param.grad = None
+        if not slot.ready and slot.touched and param in self._final:
+            self._settle(bucket, slot)
+
+    def _add(self, bucket: Bucket, slot: Slot, gradient: Gradient) -> None:
+        if bucket.index < self._next:
             raise BigtrainError(
                 f"the gradient of {slot.name} arrived twice in the last backward",
                 why="its bucket is on the wire already; re-entrant backward passes do this",
                 mend="use torch.utils.checkpoint with use_reentrant=False",
             )
-        if param.grad is None:
-            return  # it is left for later, see bigtrain.ops.later
-        self._add(bucket, slot, param.grad.to_dense() if param.grad.is_sparse else param.grad)
-        param.grad = None
-        if not slot.ready and param in self._final:
-            self._settle(bucket, slot)
-
-    def _add(self, bucket: Bucket, slot: Slot, grad: torch.Tensor) -> None:
         view = slot.view(bucket.main_grads)
-        view.add_(grad) if slot.touched else view.copy_(grad)
+        if isinstance(gradient, Product):
+            gradient.add_to(view, first=not slot.touched)
+        elif slot.touched:
+            view.add_(gradient)
+        else:
+            view.copy_(gradient)
         slot.touched = True
 
     def _settle(self, bucket: Bucket, slot: Slot) -> None:

@@ -243,25 +243,30 @@ def _pipeline(config: Config, world_size: int | None) -> Iterator[Problem]:
     model, split = config.model, config.pipeline.split
     if isinstance(model, FactoryModel):
         return
-    units = ["embedding", *(f"blocks.{i}" for i in range(model.num_layers)), "head"]
+    halves = [
+        f"blocks.{i}.{half}" for i in range(model.num_layers) for half in ("attention", "mlp")
+    ]
+    units = ["embedding", *halves, "head"]
     if len(units) < table.num_stages:
         yield Problem(
-            f"model.num_layers = {model.num_layers}: {len(units)} units (embedding, blocks, head) "
-            f"cannot be cut into {table.num_stages} stages",
+            f"model.num_layers = {model.num_layers}: {len(units)} units (embedding, attentions, "
+            f"MLPs, head) cannot be cut into {table.num_stages} stages",
             why="every stage needs a unit at least",
             mend=f"use at most {len(units)} stages (parallel.pp times stages per rank), or set "
-            f"model.num_layers to at least {table.num_stages - 2}",
+            f"model.num_layers to at least {-(-(table.num_stages - 2) // 2)}",
             keys=("parallel.pp", "model.num_layers", "pipeline.virtual_stages"),
         )
     if split is not None:
-        places = [units.index(name) if name in units else -1 for name in split]
+        whole = {f"blocks.{i}": f"blocks.{i}.attention" for i in range(model.num_layers)}
+        begins = [whole.get(name, name) for name in split]
+        places = [units.index(name) if name in units else -1 for name in begins]
         if len(split) != table.num_stages - 1 or places != sorted({*places} - {-1, 0}):
             yield Problem(
                 f"pipeline.split = [{', '.join(split)}] does not cut the model into "
                 f"{table.num_stages} stages",
                 why="it says where each stage but the first begins, in the model's order",
-                mend=f"give {table.num_stages - 1} of blocks.0 to {units[-2]} and head, or leave "
-                "it empty",
+                mend=f"give {table.num_stages - 1} of blocks.0 to blocks.{model.num_layers - 1} "
+                "(with .mlp: its second half) and head, or leave it empty",
                 keys=("pipeline.split", "parallel.pp", "pipeline.virtual_stages"),
             )
 

@@ -55,8 +55,24 @@ class Block(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x)))
+        return self.think(self.attend(x))
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the first half of forward."""
+        return x + self.dropout(self.attention(self.norm1(x)))
+
+    def think(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the second half of forward."""
         return x + self.dropout(self.mlp(self.norm2(x)))
+
+    def layers(self, name: str) -> list[Layer]:
+        """Return this block, called `name`, as two layers of a chain."""
+        first = (f"{name}.norm1", f"{name}.attention", f"{name}.dropout")
+        second = (f"{name}.norm2", f"{name}.mlp", f"{name}.dropout")
+        return [
+            Layer(f"{name}.attention", self.attend, first),
+            Layer(f"{name}.mlp", self.think, second),
+        ]
 
 
 class GPT(nn.Module):
@@ -122,12 +138,11 @@ class GPT(nn.Module):
         """Return this model as a chain, which pipeline parallelism cuts into stages."""
         embedding = ("token_embedding", "position_embedding", "dropout")
         head = ("norm", "head", "logits", "loss")
-        blocks = [(f"blocks.{index}", block) for index, block in enumerate(self.blocks)]
-        return [
-            Layer("embedding", self.embed, embedding, ("tokens",)),
-            *(Layer(name, block, (name,)) for name, block in blocks),
-            Layer("head", self.read_out, head, ("targets",)),
-        ]
+        layers = [Layer("embedding", self.embed, embedding, ("tokens",))]
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            layers += block.layers(f"blocks.{index}")
+        return [*layers, Layer("head", self.read_out, head, ("targets",))]
 
     def tensor_plan(self) -> Plan:
         """Return how tensor parallelism splits this model."""

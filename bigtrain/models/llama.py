@@ -80,8 +80,23 @@ class Block(nn.Module):
         self.mlp = MLP(hidden_size, mlp_size)
 
     def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(self.norm1(x), table)
+        return self.think(self.attend(x, table))
+
+    def attend(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Return the first half of forward."""
+        return x + self.attention(self.norm1(x), table)
+
+    def think(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the second half of forward."""
         return x + self.mlp(self.norm2(x))
+
+    def layers(self, name: str, table: torch.Tensor) -> list[Layer]:
+        """Return this block, called `name`, as two layers of a chain."""
+        first, second = (f"{name}.norm1", f"{name}.attention"), (f"{name}.norm2", f"{name}.mlp")
+        return [
+            Layer(f"{name}.attention", partial(self.attend, table=table), first),
+            Layer(f"{name}.mlp", self.think, second),
+        ]
 
 
 class Llama(nn.Module):
@@ -131,7 +146,7 @@ class Llama(nn.Module):
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         x = self.token_embedding(tokens)
         for block in self.blocks:
-            x = self._apply_block(block, x)
+            x = block(x, self.table)
         return self.read_out(x, targets)
 
     def read_out(self, x: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
@@ -142,16 +157,11 @@ class Llama(nn.Module):
     def pipeline_layers(self) -> list[Layer]:
         """Return this model as a chain, which pipeline parallelism cuts into stages."""
         head = ("norm", "head", "logits", "loss")
-        blocks = [(f"blocks.{index}", block) for index, block in enumerate(self.blocks)]
-        return [
-            Layer("embedding", self.token_embedding, ("token_embedding",), ("tokens",)),
-            *(Layer(name, partial(self._apply_block, block), (name,)) for name, block in blocks),
-            Layer("head", self.read_out, head, ("targets",)),
-        ]
-
-    def _apply_block(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = block(x, self.table)
-        return y
+        layers = [Layer("embedding", self.token_embedding, ("token_embedding",), ("tokens",))]
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            layers += block.layers(f"blocks.{index}", self.table)
+        return [*layers, Layer("head", self.read_out, head, ("targets",))]
 
     def tensor_plan(self) -> Plan:
         """Return how tensor parallelism splits this model."""

@@ -1,9 +1,10 @@
-"""Weight gradients that backward leaves for later, so that it gets to a layer's input sooner.
+"""Weight gradients that do not go the way through autograd: added in place, or left for later.
 
 A pipeline's zero-bubble schedule (https://arxiv.org/abs/2401.10241) runs the two halves of backward
 at different times: the gradient of the inputs, which another rank waits for, and that of the
-weights, which nobody waits for. Operations whose weight gradient is a product of its own ask for
-the `Later` of the forward pass that they are in, and hand it that product.
+weights, which nobody waits for. And over several microbatches, a product that adds to what is there
+saves writing and reading a gradient of its own. Operations whose weight gradient is a product ask
+for the `Later` of the forward pass that they are in, and hand it that product.
 """
 
 from __future__ import annotations
@@ -11,38 +12,61 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-Compute = Callable[[], torch.Tensor]
+
+class Product(NamedTuple):
+    """The matrix left @ right, not computed yet."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def compute(self) -> torch.Tensor:
+        return self.left @ self.right
+
+    def add_to(self, total: torch.Tensor, *, first: bool) -> None:
+        """Add it to `total`, or if it is the first replace that, in one pass where dtypes agree."""
+        if total.dtype != self.left.dtype:
+            product = self.compute()
+            total.copy_(product) if first else total.add_(product)
+        else:
+            total.addmm_(self.left, self.right, beta=0 if first else 1)
+
+
+Gradient = torch.Tensor | Product
+Compute = Callable[[], Gradient]
+Deliver = Callable[[nn.Parameter, Gradient], None]
 
 
 class Later:
-    """What one backward pass has left: parameters, and how their gradients are computed.
+    """Takes the weight gradients of one backward pass.
 
-    Only while it is `open` anything may be left; else operations compute at once.
+    While it is `open` they are left until `compute`; else each goes to `deliver` at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deliver: Deliver) -> None:
         self.open = False
-        self._left: list[tuple[nn.Parameter, Compute]] = []
+        self._deliver = deliver
+        self._left: list[tuple[nn.Parameter, Compute] | None] = []
 
-    def leave(self, param: nn.Parameter, compute: Compute) -> None:
-        """Leave the gradient of `param` for later."""
-        self._left.append((param, compute))
+    def take(self, param: nn.Parameter, compute: Compute) -> None:
+        """Take the gradient of `param`, now or later."""
+        if self.open:
+            self._left.append((param, compute))
+        else:
+            self._deliver(param, compute())
 
-    def compute(self, deliver: Callable[[nn.Parameter, torch.Tensor], None]) -> None:
-        """Compute all that was left, in order, and forget it."""
+    def compute(self) -> None:
+        """Deliver all that was left, in order, and forget it."""
         left, self._left = self._left, []
         with torch.no_grad():
-            for index, (param, compute) in enumerate(left):
-                deliver(param, compute())
-                left[index] = (param, _done)  # frees what the product was made of
-
-
-def _done() -> torch.Tensor:
-    raise AssertionError("computed already")
+            for index, item in enumerate(left):
+                assert item is not None
+                self._deliver(item[0], item[1]())
+                left[index] = None  # frees what the product was made of
 
 
 _current: ContextVar[Later | None] = ContextVar("later", default=None)
@@ -59,7 +83,7 @@ def leaving_to(later: Later) -> Iterator[None]:
 
 
 def later_for(weights: Sequence[torch.Tensor | None]) -> Later | None:
-    """Return where the gradients of all of `weights` may be left, or None: compute them at once.
+    """Return what takes the gradients of all of `weights`, or None: autograd does.
 
     Only those of parameters themselves, which no hook of the user's wants to see.
     """
@@ -67,6 +91,15 @@ def later_for(weights: Sequence[torch.Tensor | None]) -> Later | None:
     if later is None or not all(weight is None or _can_wait(weight) for weight in weights):
         return None
     return later
+
+
+def give(later: Later | None, param: nn.Parameter, compute: Compute) -> torch.Tensor | None:
+    """Give the gradient of `param` to `later`; without, return it for autograd to take."""
+    if later is not None:
+        later.take(param, compute)
+        return None
+    gradient = compute()
+    return gradient.compute() if isinstance(gradient, Product) else gradient
 
 
 def _can_wait(weight: torch.Tensor) -> bool:

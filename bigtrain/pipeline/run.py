@@ -47,7 +47,6 @@ class _Plan:
     table: Table
     row: tuple[Action, ...]
     finals: Mapping[int, frozenset[nn.Parameter]]  # place in the row -> gradients final after it
-    splits: bool
     last_forward: int
 
 
@@ -199,7 +198,7 @@ def _plan_of(table: Table, rank: int, stages: Sequence[Stage]) -> _Plan:
     finals = {
         end: frozenset(param for param, i in place.items() if i == end) for end in place.values()
     }
-    return _Plan(table, row, finals, any(a.kind == "W" for a in row), last_forward)
+    return _Plan(table, row, finals, last_forward)
 
 
 class _Passage:
@@ -261,7 +260,7 @@ class _Passage:
         carry = self._carry(stage, micro)
         if self.prepare is not None:
             self.prepare(stage.index, micro, True)
-        later = Later()
+        later = Later(self.path.add)
         with self._computing(action, later):
             result = self._result(stage, carry, micro)
         if not stage.is_last:
@@ -338,7 +337,7 @@ class _Passage:
     def _weights(self, action: Action, place: int) -> None:
         kept = self.kept.pop((action.stage, action.microbatch))
         with self._computing(action, None), self._accumulating(place):
-            kept.later.compute(self.path.add)
+            kept.later.compute()
 
     # -- around --------------------------------------------------------------------------------
 
@@ -351,7 +350,7 @@ class _Passage:
     @contextmanager
     def _computing(self, action: Action, later: Later | None) -> Iterator[None]:
         with ExitStack() as stack:
-            if later is not None and self.plan.splits and self.training:
+            if later is not None and self.training and len(self.placement) > 1:
                 stack.enter_context(splitting(later))
             begin = time.perf_counter()
             yield

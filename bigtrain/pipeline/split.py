@@ -73,19 +73,22 @@ class LayerChain:
 def bounds_at(units: Sequence[str], begins: Sequence[str], num_stages: int) -> Bounds:
     """Return the stages that begin at the first unit and at each of those that `begins` names.
 
+    The name of a module around several units stands for the first of them.
+
     Raises:
         BigtrainError: a name is no unit, names are not in order, or there are too few or many.
     """
     places = []
     for name in begins:
-        if name not in units:
+        found = [i for i, unit in enumerate(units) if unit == name or unit.startswith(f"{name}.")]
+        if not found:
             near = difflib.get_close_matches(name, units, n=1, cutoff=0.3)
             raise BigtrainError(
                 f"no stage can begin at {name!r}",
                 why=f"the units of the model are {_some(units)}",
                 mend=f"name one of them{f'; did you mean {near[0]!r}?' if near else ''}",
             )
-        places.append(units.index(name))
+        places.append(found[0])
     if len(begins) != num_stages - 1 or sorted(set(places)) != places or 0 in places:
         raise BigtrainError(
             f"split names {len(begins)} places ({', '.join(begins)}) for {num_stages} stages",

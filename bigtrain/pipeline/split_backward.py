@@ -1,5 +1,8 @@
 """Products with a parameter whose backward is in two halves: inputs at once, weights later.
 
+Or, where both are wanted at once, the weights' is added to what earlier microbatches have left by
+the product itself.
+
 `splitting(later)` replaces torch's own linear, matmul, addmm and convolution, wherever a module or
 a user's code calls them with a parameter, by ones that can leave the gradient of that parameter to
 `later`. Other operations keep one whole backward: parameters together with inputs.
@@ -17,7 +20,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
-from bigtrain.ops.later import Later, later_for, leaving_to
+from bigtrain.ops.later import Compute, Later, Product, give, later_for, leaving_to
 
 Root = torch.Tensor | GradientEdge
 
@@ -67,9 +70,9 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             by_input = grad @ (weight.T if ctx.transposed else weight)
 
-        def by_weight() -> torch.Tensor:
-            left, right = _rows(grad), _rows(x)
-            return right.T @ left if ctx.transposed else left.T @ right
+        def by_weight() -> Product:
+            by_row, rows = _rows(grad), _rows(x)
+            return Product(rows.T, by_row) if ctx.transposed else Product(by_row.T, rows)
 
         return by_input, *_both(ctx, by_weight, lambda: _rows(grad).sum(0)), None, None
 
@@ -112,17 +115,15 @@ class _Convolution(torch.autograd.Function):
 
 
 def _both(
-    ctx: Any, by_weight: Callable[[], torch.Tensor], by_bias: Callable[[], torch.Tensor]
+    ctx: Any, by_weight: Compute, by_bias: Compute
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradients of weight and bias, or None where they are left for later."""
-    grads: list[torch.Tensor | None] = [None, None]
-    for index, compute in enumerate((by_weight, by_bias)):
-        if not ctx.needs_input_grad[1 + index]:
-            continue
-        if ctx.later.open:
-            ctx.later.leave(ctx.params[index], compute)
-        else:
-            grads[index] = compute()
+    """Give the gradients of weight and bias away; None where they are not wanted."""
+    grads = [
+        give(ctx.later, param, compute) if wanted else None
+        for param, compute, wanted in zip(
+            ctx.params, (by_weight, by_bias), ctx.needs_input_grad[1:3], strict=True
+        )
+    ]
     return grads[0], grads[1]
 
 

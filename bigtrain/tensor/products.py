@@ -5,7 +5,7 @@ Where a product and a collective do not need each other, the collective is on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from bigtrain.comm.collectives import Pending, start_all_reduce
 from bigtrain.comm.mesh import Axis
-from bigtrain.ops.later import Later, later_for
+from bigtrain.ops.later import Product, give, later_for
 from bigtrain.tensor.regions import first_order, start_gather_sequence, start_scatter_sum
 
 
@@ -78,9 +78,11 @@ class Enter(torch.autograd.Function):
         for index, own in enumerate(grads):
             bias = len(grads) + index
             if own is not None and needed[index]:
-                by_params[index] = _left_or_computed(ctx, index, partial(_weight_grad, own, full))
+                by_params[index] = give(
+                    ctx.later, ctx.params[index], partial(_weight_grad, own, full)
+                )
             if own is not None and needed[bias]:
-                by_params[bias] = _left_or_computed(ctx, bias, partial(_bias_grad, own))
+                by_params[bias] = give(ctx.later, ctx.params[bias], partial(_bias_grad, own))
         return None, None if summing is None else summing.wait(), *by_params
 
 
@@ -163,25 +165,14 @@ class RowProduct(torch.autograd.Function):
         input_grad = full @ weight if ctx.needs_input_grad[0] else None
         weight_grad = bias_grad = None
         if ctx.needs_input_grad[1]:
-            weight_grad = _left_or_computed(ctx, 0, partial(_weight_grad, full, x))
+            weight_grad = give(ctx.later, ctx.params[0], partial(_weight_grad, full, x))
         if ctx.needs_input_grad[2]:
-            bias_grad = _left_or_computed(ctx, 1, partial(_bias_grad, full))
+            bias_grad = give(ctx.later, ctx.params[1], partial(_bias_grad, full))
         return input_grad, weight_grad, bias_grad, None, None, None
 
 
-def _left_or_computed(
-    ctx: Any, index: int, compute: Callable[[], torch.Tensor]
-) -> torch.Tensor | None:
-    """Return the gradient of parameter `index`, or None where it is left for later."""
-    later: Later | None = ctx.later
-    if later is None or not later.open:
-        return compute()
-    later.leave(ctx.params[index], compute)
-    return None
-
-
-def _weight_grad(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return _rows(grad).T @ _rows(x)
+def _weight_grad(grad: torch.Tensor, x: torch.Tensor) -> Product:
+    return Product(_rows(grad).T, _rows(x))
 
 
 def _bias_grad(grad: torch.Tensor) -> torch.Tensor:
