@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
+from bigtrain.comm.collectives import Pending
 from bigtrain.comm.failure import telling_others
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Axis
@@ -69,8 +70,9 @@ class Pipeline:
     num_parameters: int
     trace: list[tuple[Action, float, float]] | None = None
     peak_in_flight: int = 0
-    _plans: dict[int, _Plan] = field(default_factory=dict)
+    _plans: dict[tuple[bool, int], _Plan] = field(default_factory=dict)
     _specs: dict[tuple[int, Hashable], Spec] = field(default_factory=dict)
+    _leaving: list[Pending] = field(default_factory=list)
 
     @property
     def has_last(self) -> bool:
@@ -113,7 +115,7 @@ class Pipeline:
             return loss
 
         self.run(list(enumerate(batches)), weighted)
-        return self.from_last(total)
+        return self._shared(total)
 
     def run(
         self,
@@ -130,7 +132,7 @@ class Pipeline:
         """
         if not batches:
             raise BigtrainError("a step without batches", mend="pass at least one microbatch")
-        plan = self._plan(len(batches))
+        plan = self._plan(len(batches), training=True)
         passage = _Passage(self, plan, batches, loss_of, prepare, training=True)
         passage.go(forwards_done)
         self.peak_in_flight = max(self.peak_in_flight, passage.peak)
@@ -139,8 +141,7 @@ class Pipeline:
     def evaluate(self, batches: Sequence[Any], loss_of: LossOf) -> None:
         """Run forward only; what comes out is seen by `loss_of` on the last stage's rank."""
         if batches:
-            table = with_communication(forward_only(tuple(self.placement), len(batches)))
-            plan = _plan_of(table, self.axis.rank, self.stages)
+            plan = self._plan(len(batches), training=False)
             _Passage(self, plan, batches, loss_of, None, training=False).go(None)
 
     @torch.no_grad()
@@ -160,30 +161,47 @@ class Pipeline:
 
     def from_last(self, value: torch.Tensor | None) -> torch.Tensor:
         """Return the tensor that the last stage's rank has, on all ranks of the pipeline."""
-        if self.axis.group is None:
-            assert value is not None
+        shape: tuple[Any, ...] = () if value is None else (tuple(value.shape), value.dtype)
+        if self.axis.degree > 1:
+            what = "shape of a result"
+            for rank in self._others() if self.has_last else ():
+                self._leaving += self.links.send_object(shape, rank, what)
+            if not self.has_last:
+                shape = self.links.receive_object(self.last_rank, what)
+        if value is None:
+            value = torch.empty(shape[0], dtype=shape[1], device=self.links.device)
+        return self._shared(value)
+
+    def _shared(self, value: torch.Tensor) -> torch.Tensor:
+        """Return `value` as it is on the last stage's rank, which does not wait for the others."""
+        value = value.detach().contiguous()
+        if self.axis.degree == 1:
             return value
-        if self.has_last:
-            assert value is not None
-            value = value.detach().contiguous()
-            shape = tuple(value.shape), value.dtype
-            for rank in range(self.axis.degree):
-                if rank != self.axis.rank:
-                    for sent in self.links.send_object(shape, rank, "shape of a result"):
-                        sent.wait()
-                    self.links.send(value, rank, "a result").wait()
-            return value
-        size, dtype = self.links.receive_object(self.last_rank, "shape of a result")
-        into = torch.empty(size, dtype=dtype, device=self.links.device)
-        return self.links.receive(into, self.last_rank, "a result").wait()
+        if not self.has_last:
+            return self.links.receive(value, self.last_rank, "a result").wait()
+        self._leaving += [self.links.send(value, rank, "a result") for rank in self._others()]
+        return value
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.axis.degree) if rank != self.axis.rank]
+
+    def _all_left(self) -> None:
+        """Wait until results of the passage before have left."""
+        for pending in self._leaving:
+            pending.wait()
+        self._leaving.clear()
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _plan(self, num_microbatches: int) -> _Plan:
-        if num_microbatches not in self._plans:
-            table = with_communication(self.table_for(num_microbatches))
-            self._plans[num_microbatches] = _plan_of(table, self.axis.rank, self.stages)
-        return self._plans[num_microbatches]
+    def _plan(self, num_microbatches: int, *, training: bool) -> _Plan:
+        key = training, num_microbatches
+        if key not in self._plans:
+            if training:
+                table = self.table_for(num_microbatches)
+            else:
+                table = forward_only(tuple(self.placement), num_microbatches)
+            self._plans[key] = _plan_of(with_communication(table), self.axis.rank, self.stages)
+        return self._plans[key]
 
 
 def _plan_of(table: Table, rank: int, stages: Sequence[Stage]) -> _Plan:
@@ -247,6 +265,7 @@ class _Passage:
     def go(self, forwards_done: Callable[[], None] | None) -> None:
         """Do the row of this rank. What fails here is told to the other ranks."""
         with telling_others(self.pipeline.axis):
+            self.pipeline._all_left()
             for place, action in enumerate(self.plan.row):
                 self.do[action.kind](action, place)
                 if place == self.plan.last_forward and forwards_done is not None:
