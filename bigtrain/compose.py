@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -21,7 +20,7 @@ from bigtrain.comm.sync import Replicated
 from bigtrain.errors import BigtrainError
 from bigtrain.ops.dropout import number_dropout
 from bigtrain.optim import decay_kind
-from bigtrain.pipeline.run import LossOf, Pipeline
+from bigtrain.pipeline.run import Pipeline
 from bigtrain.pipeline.schedule import make_table, placement_of
 from bigtrain.pipeline.split import (
     Bounds,
@@ -32,7 +31,8 @@ from bigtrain.pipeline.split import (
 )
 from bigtrain.pipeline.stage import whole
 from bigtrain.pipeline.table import Table
-from bigtrain.pipeline.units import choose_bounds
+from bigtrain.pipeline.units import chain_of, choose_cuts
+from bigtrain.pipeline.validate import validate
 from bigtrain.tensor import Plan, apply_tensor_parallel
 from bigtrain.tensor.apply import broadcast_replicated
 from bigtrain.tensor.plan import match_plan
@@ -88,7 +88,7 @@ def build_pipeline(
     split: Sequence[str] | None = None,
     cost: str = "counted",
     example: Any = None,
-    loss_of: LossOf | None = None,
+    loss_of: Callable[[Any, Any], Any] | None = None,
     tensor_plan: Plan | None = None,
     sequence_parallel: bool = False,
     tp_chunks: int = 1,
@@ -104,7 +104,7 @@ def build_pipeline(
     virtual_stages: stages per rank, where the schedule leaves that open.
     split: where stages but the first begin, by the names of units: the layers that the model lists
         (`pipeline_layers()`), or any modules of it. None: stages of about equal cost.
-    cost: "counted" (operations, from shapes alone) or "measured" (time on the first rank).
+    cost: "counted" (operations, from shapes alone) or "measured" (time on the first rank's CPU).
     example, loss_of: a batch (of one microbatch) and the loss function that will be used. Needed
         to find the units of a model that lists no layers, and to balance; all ranks give the same.
 
@@ -121,21 +121,29 @@ def build_pipeline(
     chain: Chain | None = None
     bounds: Bounds = []
     if len(placement) > 1:
-        chain, bounds = together(
-            partial(choose_bounds, model, len(placement), split, cost, example, loss_of),
+        chosen = together(
+            # The first rank alone, since times would differ from rank to rank.
+            lambda: (
+                mesh.world.rank == 0
+                and choose_cuts(model, len(placement), split or None, cost, example, loss_of)
+            ),
             mesh.world,
             "cutting the model into stages",
         )
-        bounds = all_gather_object(bounds, mesh.world, "agreement on stages")[0]
+        chain, bounds = chain_of(model, all_gather_object(chosen, mesh.world, "agreement")[0])
     _split_layers(model, mesh, tensor_plan, sequence_parallel, tp_chunks)
-    cut = _cut(model, mesh, chain, bounds, placement)
+    cut = _cut(model, mesh, chain, bounds, placement, dtype)
     model.to(mesh.device)
     _cast_untrained(model, dtype)
     axes = {
         holders: mesh.across_stages(holders)
-        for holders in sorted(set(cut.holders.values()))
+        for holders in sorted({cut.holders[n] for t, n in cut.names.items() if _is_param(t)})
         if len(holders) > 1
     }
+
+    def axis_of(name: str) -> Axis:
+        return axes.get(cut.holders[name], mesh.dp)
+
     own = {*model.parameters(), *model.buffers()}
     names = {tensor: name for tensor, name in cut.names.items() if tensor in own}
     # What stages share comes last in backward, so it is first here: buckets go the other way.
@@ -149,10 +157,19 @@ def build_pipeline(
         dtype=dtype,
         kind_of=decay_kind,
         shards=cut.shards,
-        axis_of=lambda name: axes.get(cut.holders[name], mesh.dp),
+        axis_of=axis_of,
     )
     axes_of_model = (mesh.tp, mesh.pp)
-    path = GradientPath(model, buckets, Replicated(mesh.dp), cut.shards, axes_of_model, names=names)
+    path = GradientPath(
+        model,
+        buckets,
+        Replicated(mesh.dp),
+        cut.shards,
+        axes_of_model,
+        names=names,
+        axis_of=axis_of,
+        device=mesh.device,
+    )
     path.equalize()
     stages = [whole(model)]
     if chain is not None:
@@ -169,7 +186,10 @@ def _is_param(tensor: torch.Tensor) -> TypeGuard[nn.Parameter]:
 
 
 def _check_table(schedule: str | Table, mesh: Mesh) -> None:
-    if isinstance(schedule, Table) and schedule.num_ranks != mesh.pp.degree:
+    if isinstance(schedule, str):
+        return
+    validate(schedule)
+    if schedule.num_ranks != mesh.pp.degree:
         raise BigtrainError(
             f"the schedule {schedule.name} is for {schedule.num_ranks} ranks, "
             f"but the mesh has pp={mesh.pp.degree}",
@@ -241,6 +261,7 @@ def _cut(
     chain: Chain | None,
     bounds: Bounds,
     placement: Sequence[int],
+    dtype: torch.dtype,
 ) -> _Cut:
     every = (*model.named_parameters(), *model.named_buffers())  # one name for tied ones
     names = {tensor: name for name, tensor in every}
@@ -264,7 +285,7 @@ def _cut(
     for name in names.values():
         shards[name] = _held(shards[name], holders[name], mesh.pp.rank)
     here = [mine for rank, mine in zip(placement, owned, strict=True) if rank == mesh.pp.rank]
-    prune(model, set().union(*here))
+    prune(model, set().union(*here), dtype, mesh.device)
     trained = [[t for t in mine if _is_param(t) and t.requires_grad] for mine in tensors]
     return _Cut(names, holders, shards, trained)
 

@@ -31,7 +31,7 @@ from bigtrain.comm.collectives import (
 from bigtrain.comm.mesh import Mesh
 from bigtrain.compose import build_pipeline
 from bigtrain.config.check import microbatches_of, schedule_of
-from bigtrain.config.schema import Config
+from bigtrain.config.schema import Config, PipelineSection
 from bigtrain.data.build import open_source
 from bigtrain.data.permutation import derive_seed
 from bigtrain.data.stream import TrainStream, rank_positions, seed_everything, validation_batches
@@ -58,6 +58,27 @@ class _Microbatch:
     ids: np.ndarray
     batch: Batch
     places: list[int]
+
+
+class _Microbatches(Sequence[Batch]):
+    """The microbatches of a step, each loaded when it is asked for, once."""
+
+    def __init__(self, load: Callable[[int], _Microbatch], number: int) -> None:
+        self._load, self._number = load, number
+        self._ready: dict[int, Batch] = {}
+        self.ids: dict[int, np.ndarray] = {}
+        self.places: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __getitem__(self, number: Any) -> Any:
+        while len(self.ids) <= number:
+            index = len(self.ids)
+            micro = self._load(index)
+            self.ids[index], self.places[index] = micro.ids, micro.places
+            self._ready[index] = micro.batch
+        return self._ready.pop(number)
 
 
 class Trainer:
@@ -90,12 +111,12 @@ class Trainer:
         self.pipeline = build_pipeline(
             self.model,
             mesh,
-            schedule=schedule_of(config),
+            schedule=together(lambda: schedule_of(config), mesh.world, "reading the schedule"),
             virtual_stages=config.pipeline.virtual_stages,
             split=config.pipeline.split,
             cost=config.pipeline.cost,
-            example=self._example() if mesh.pp.degree > 1 else None,
-            loss_of=lambda model, batch: self.loss_of(model, batch).mean,
+            example=self._example(),
+            loss_of=self.loss_of,
             tensor_plan=config.parallel.tensor_plan,
             sequence_parallel=config.parallel.sequence_parallel,
             tp_chunks=config.parallel.tp_chunks,
@@ -107,15 +128,14 @@ class Trainer:
         self._draws_per_sample = any(isinstance(m, Dropout) for m in self.model.modules())
         self._stream: TrainStream | None = None
 
-    def _example(self) -> Batch:
-        """Return a batch of one microbatch, to find out what the parts of the model cost."""
+    def _example(self) -> Batch | None:
+        """Return a batch of one microbatch, if the model may be cut: to see what its parts cost."""
+        if self.mesh.pp.degree == 1 and self.config.pipeline == PipelineSection():
+            return None
         some = validation_batches(
             self.source.train, self.microbatch, seed=0, microbatch=self.microbatch, rank=0, degree=1
         )
-        return {
-            name: t.to(self.dtype) if t.is_floating_point() else t
-            for name, t in next(some)[1].items()
-        }
+        return next(some)[1]
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -149,12 +169,11 @@ class Trainer:
         begin = time.perf_counter()
         nominal = self.config.train.global_batch * self.source.items_per_sample
         totals = torch.zeros(4, dtype=torch.float64, device=self.mesh.device)
-        micros = [self._next_microbatch(number) for number in range(self.num_microbatches)]
+        micros = _Microbatches(self._next_microbatch, self.num_microbatches)
         losses: dict[int, torch.Tensor] = {}
         summing: list[Pending] = []
 
-        def loss_of(model: Any, item: tuple[int, Batch]) -> torch.Tensor:
-            number, batch = item
+        def loss_of(model: Any, number: int, batch: Batch) -> torch.Tensor:
             loss = self.loss_of(model, batch)
             count = loss.count if loss.count is not None else nominal / self._num_shares
             losses[number] = loss.mean.detach()
@@ -168,9 +187,11 @@ class Trainer:
             summing.append(start_all_reduce(totals, self.mesh.world, what))
 
         self.pipeline.run(
-            [(number, micro.batch) for number, micro in enumerate(micros)],
+            micros,
             loss_of,
-            prepare=lambda stage, number, forward: self._seed(stage, micros[number], forward),
+            prepare=lambda stage, number, forward: self._seed(
+                stage, micros.places[number], forward
+            ),
             forwards_done=forwards_done,
         )
         self.path.finish()
@@ -189,14 +210,14 @@ class Trainer:
             self.optimizer.step(rate, self._divisor(norm, correction))
             self.path.publish()
         else:
-            self._on_nonfinite(micros, losses)
+            self._on_nonfinite(micros.ids, losses)
         self.step += 1
         self.cursor += self.config.train.global_batch
         for number, vote in zip(STOP_SIGNALS, votes, strict=True):
             self.stop_signal = number if vote else self.stop_signal
         speed = items / (time.perf_counter() - begin)
         mean = loss_sum / items if items > 0 else 0.0
-        samples = [int(i) for micro in micros for i in micro.ids]
+        samples = [int(i) for number in sorted(micros.ids) for i in micros.ids[number]]
         return StepRecord(self.step, mean, norm, rate, round(items), speed, not finite, samples)
 
     @property
@@ -227,7 +248,7 @@ class Trainer:
         places = rank_positions(self.cursor, number, self.microbatch, dp.rank, dp.degree).tolist()
         return _Microbatch(ids, self._to_device(batch), places)
 
-    def _seed(self, stage: int, micro: _Microbatch, forward: bool) -> None:
+    def _seed(self, stage: int, places: Sequence[int], forward: bool) -> None:
         """Seed what the model will draw for a microbatch, before a forward and a backward.
 
         Seeds belong to places in the stream, not to ranks. Our dropout draws for each sample, so it
@@ -236,10 +257,10 @@ class Trainer:
         """
         seed = self.config.run.seed
         if self._draws_per_sample:
-            seeds = [derive_seed(seed, 4, place) for place in micro.places]
+            seeds = [derive_seed(seed, 4, place) for place in places]
             seed_dropout(self.model, seeds, recompute=not forward)
         if forward:
-            seed_everything(derive_seed(seed, 2, micro.places[0] + stage * STAGE_SEEDS))
+            seed_everything(derive_seed(seed, 2, places[0] + stage * STAGE_SEEDS))
 
     def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Move a batch to the device; its floating-point tensors take the model's dtype."""
@@ -263,7 +284,7 @@ class Trainer:
         return torch.tensor(divisor, dtype=torch.float32, device=self.mesh.device)
 
     def _on_nonfinite(
-        self, micros: Sequence[_Microbatch], losses: Mapping[int, torch.Tensor]
+        self, ids: Mapping[int, np.ndarray], losses: Mapping[int, torch.Tensor]
     ) -> None:
         """Skip this update, or end the run, naming the rank, the samples, the parameters at fault.
 
@@ -272,7 +293,7 @@ class Trainer:
         self.num_skipped += 1
         self.path.abandon()
         bad = [number for number, loss in losses.items() if not loss.isfinite()]
-        mine = [int(i) for number in bad for i in micros[number].ids[:8]]
+        mine = [int(i) for number in bad for i in ids[number][:8]]
         everyone = all_gather_object(mine, self.mesh.world, "search for a NaN")
         guilty = [f"rank {rank} (samples {ids})" for rank, ids in enumerate(everyone) if ids]
         names = self._nonfinite_parameters(gradients=True)
@@ -313,17 +334,16 @@ class Trainer:
             degree=dp.degree,
         )
 
-        def add_up(model: Any, item: tuple[int, Batch]) -> None:
-            num_samples, batch = item
+        def add_up(model: Any, number: int, batch: Batch) -> None:
             loss = self.loss_of(model, batch)
-            items = num_samples * self.source.items_per_sample
+            items = some[number][0] * self.source.items_per_sample
             count = loss.count if loss.count is not None else items
             totals.add_(torch.tensor([float(loss.mean) * count, count]).to(totals))
 
         at_once = 2 * self.mesh.pp.degree  # enough to keep all stages busy
         with evaluating(self.model):
             while some := list(itertools.islice(batches, at_once)):
-                self.pipeline.evaluate([(n, self._to_device(b)) for n, b in some], add_up)
+                self.pipeline.evaluate([self._to_device(batch) for _, batch in some], add_up)
         for axis in (dp, self.mesh.pp):
             all_reduce(totals, axis, "all_reduce of the validation loss")
         return float(totals[0] / totals[1])

@@ -161,7 +161,8 @@ def _group(
             group, size = [], 0
         group.append((name, param))
         size += param.numel()
-    yield group
+    if group:
+        yield group
 
 
 def _fill(

@@ -9,7 +9,7 @@ its own data made it compute. What did not take part in a step counts as a zero 
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -41,7 +41,8 @@ class GradientPath:
     shards: what each parameter and buffer of the model is of its full tensor, by name.
     model_axes: the axes along which the model is split.
     names: of parameters and buffers in the full model, where `model` is a part that may know them
-        by another name (tied ones).
+        by another name (tied ones). axis_of: which ranks hold a parameter of that name, if it is
+        not the data-parallel axis alone. device: where the model is.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class GradientPath:
         shards: Mapping[str, Shard],
         model_axes: Sequence[Axis] = (),
         names: Mapping[torch.Tensor, str] | None = None,
+        axis_of: Callable[[str], Axis] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.model = model
         self.buckets = buckets
@@ -59,6 +62,8 @@ class GradientPath:
         self.shards = shards
         self.model_axes = model_axes
         self.names = names or {}
+        self.axis_of = axis_of or (lambda name: sync.axis)
+        self.device = device or torch.device("cpu")
         self._state = _State.IDLE
         self._in_backward = False
         self._final: Collection[nn.Parameter] = ()  # whose gradients this backward completes
@@ -75,9 +80,10 @@ class GradientPath:
             broadcast(bucket.main_params, bucket.axis, f"broadcast of bucket {bucket.index}")
             if bucket.params is not bucket.main_params:
                 bucket.params.copy_(bucket.main_params)
-        for param in self.model.parameters():
+        for name, param in self.model.named_parameters():
             if not param.requires_grad:
-                broadcast(param, self.sync.axis, "broadcast of a frozen parameter")
+                axis = self.axis_of(self.names.get(param, name))
+                broadcast(param, axis, "broadcast of a frozen parameter")
         self._equalize_buffers()
 
     # -- a step --------------------------------------------------------------------------------
@@ -118,7 +124,7 @@ class GradientPath:
         """
         if self._state is not _State.ACCUMULATING:
             self._begin_step()
-        elif self._next == len(self.buckets):
+        elif self.buckets and self._next == len(self.buckets):
             raise BigtrainError(
                 "backward after the last backward of a step",
                 why="buckets may be on the wire already, so their gradients cannot change",
@@ -187,7 +193,7 @@ class GradientPath:
         What several ranks hold counts once. Communicates one number over each axis that splits
         the model.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self.buckets[0].main_grads.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for segment in self.segments():
             total += _sum_of_squares(segment.main_grads) / segment.num_replicas
         total = self.sync.sum_over_owners(total)

@@ -256,7 +256,7 @@ def _pipeline(config: Config, world_size: int | None) -> Iterator[Problem]:
             f"model.num_layers to at least {-(-(table.num_stages - 2) // 2)}",
             keys=("parallel.pp", "model.num_layers", "pipeline.virtual_stages"),
         )
-    if split is not None:
+    if split:
         whole = {f"blocks.{i}": f"blocks.{i}.attention" for i in range(model.num_layers)}
         begins = [whole.get(name, name) for name in split]
         places = [units.index(name) if name in units else -1 for name in begins]

@@ -140,8 +140,10 @@ class GPT(nn.Module):
         head = ("norm", "head", "logits", "loss")
         layers = [Layer("embedding", self.embed, embedding, ("tokens",))]
         for index, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            layers += block.layers(f"blocks.{index}")
+            if isinstance(block, Block):
+                layers += block.layers(f"blocks.{index}")
+            else:  # something around a block, that checkpoints its activations say
+                layers.append(Layer(f"blocks.{index}", block, (f"blocks.{index}",)))
         return [*layers, Layer("head", self.read_out, head, ("targets",))]
 
     def tensor_plan(self) -> Plan:

@@ -159,8 +159,11 @@ class Llama(nn.Module):
         head = ("norm", "head", "logits", "loss")
         layers = [Layer("embedding", self.token_embedding, ("token_embedding",), ("tokens",))]
         for index, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            layers += block.layers(f"blocks.{index}", self.table)
+            if isinstance(block, Block):
+                layers += block.layers(f"blocks.{index}", self.table)
+            else:  # something around a block, that checkpoints its activations say
+                call = partial(block, table=self.table)
+                layers.append(Layer(f"blocks.{index}", call, (f"blocks.{index}",)))
         return [*layers, Layer("head", self.read_out, head, ("targets",))]
 
     def tensor_plan(self) -> Plan:

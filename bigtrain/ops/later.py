@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -44,11 +43,14 @@ Deliver = Callable[[nn.Parameter, Gradient], None]
 class Later:
     """Takes the weight gradients of one backward pass.
 
-    While it is `open` they are left until `compute`; else each goes to `deliver` at once.
+    While it is `open` they are left until `compute`; else each goes to `deliver` at once. `task` is
+    that backward's graph task: others, which a model's own forward starts (the gradient of an
+    energy, a penalty), are none of its business.
     """
 
     def __init__(self, deliver: Deliver) -> None:
         self.open = False
+        self.task: int | None = None
         self._deliver = deliver
         self._left: list[tuple[nn.Parameter, Compute] | None] = []
 
@@ -69,17 +71,17 @@ class Later:
                 left[index] = None  # frees what the product was made of
 
 
-_current: ContextVar[Later | None] = ContextVar("later", default=None)
+_current: list[Later] = []  # a stack; for all threads, since autograd may have some of its own
 
 
 @contextmanager
 def leaving_to(later: Later) -> Iterator[None]:
     """Let operations that run forward inside find `later`."""
-    token = _current.set(later)
+    _current.append(later)
     try:
         yield
     finally:
-        _current.reset(token)
+        _current.pop()
 
 
 def later_for(weights: Sequence[torch.Tensor | None]) -> Later | None:
@@ -87,7 +89,7 @@ def later_for(weights: Sequence[torch.Tensor | None]) -> Later | None:
 
     Only those of parameters themselves, which no hook of the user's wants to see.
     """
-    later = _current.get()
+    later = _current[-1] if _current else None
     if later is None or not all(weight is None or _can_wait(weight) for weight in weights):
         return None
     return later
@@ -95,7 +97,7 @@ def later_for(weights: Sequence[torch.Tensor | None]) -> Later | None:
 
 def give(later: Later | None, param: nn.Parameter, compute: Compute) -> torch.Tensor | None:
     """Give the gradient of `param` to `later`; without, return it for autograd to take."""
-    if later is not None:
+    if later is not None and later.task == torch._C._current_graph_task_id():
         later.take(param, compute)
         return None
     gradient = compute()

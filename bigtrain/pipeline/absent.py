@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class Absent(torch.Tensor):
     home: torch.device
 
     @staticmethod
-    def of(shape: tuple[int, ...], dtype: torch.dtype, home: torch.device) -> Absent:
+    def of(shape: Sequence[int], dtype: torch.dtype, home: torch.device) -> Absent:
         """Return an absent tensor that says it is on device `home`."""
         return _wrap(torch.empty(shape, dtype=dtype, device="meta"), home)
 
@@ -41,7 +42,7 @@ class Absent(torch.Tensor):
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         home = next(t.home for t in tensors if isinstance(t, Absent))
         with torch._C.DisableTorchFunctionSubclass():
-            if _changes_first(func) and not isinstance(args[0], Absent):
+            if changes_first(func) and not isinstance(args[0], Absent):
                 raise _misuse(func, "a tensor of this stage is changed in place by one of another")
             args, kwargs = pytree.tree_map(_on_meta, (args, kwargs))
             try:
@@ -65,7 +66,8 @@ def _on_meta(leaf: Any) -> Any:
     return torch.device("meta") if isinstance(leaf, torch.device) else leaf
 
 
-def _changes_first(func: Any) -> bool:
+def changes_first(func: Any) -> bool:
+    """Is `func` a function of torch that changes its first argument in place?"""
     name = getattr(func, "__name__", "")
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from bigtrain.pipeline.absent import changes_first
 from bigtrain.pipeline.stage import Call
 
 Output = tuple[int, int]  # number of a unit, number of a tensor in what it returns
@@ -43,6 +44,7 @@ class Followed:
     end: Unit
     costs: list[float]
     nestings: list[Any]  # of what each unit returns: it with the number of each leaf in its place
+    changed: frozenset[Output]  # what the model's own code changes in place afterwards
 
 
 def leaves_of(model: nn.Module, inside: Collection[str]) -> dict[str, nn.Module]:
@@ -87,6 +89,8 @@ class _Follower(TorchFunctionMode):
         self.units: list[Unit] = []
         self.costs: list[float] = []
         self.nestings: list[Any] = []
+        self.outputs: dict[int, Output] = {}
+        self.changed: set[Output] = set()
         self.calls: dict[str, int] = {}
         self.depth = 0
         self.begin = read()
@@ -98,9 +102,10 @@ class _Follower(TorchFunctionMode):
         if not self.depth:
             tags = self.tags_of((args, kwargs))
             if tags:
-                changed = [args[0]] if args and getattr(func, "__name__", "").endswith("_") else []
+                changed = [args[0]] if args and changes_first(func) else []
                 for tensor in _tensors((out, changed)):
                     self.tag(tensor, tags)
+                self.changed |= {self.outputs[id(t)] for t in changed if id(t) in self.outputs}
         return out
 
     @contextmanager
@@ -131,7 +136,8 @@ class _Follower(TorchFunctionMode):
             self.nestings.append(pytree.tree_unflatten(range(len(leaves)), tree))
             for index, leaf in enumerate(leaves):
                 if isinstance(leaf, torch.Tensor):
-                    self.tags[id(leaf)] = frozenset([(len(self.units) - 1, index)])
+                    output = (len(self.units) - 1, index)
+                    self.tags[id(leaf)], self.outputs[id(leaf)] = frozenset([output]), output
                     self.alive.append(leaf)
             self.meter()
 
@@ -161,7 +167,7 @@ class _Follower(TorchFunctionMode):
         end = self.unit("", "", result)
         if self.units:
             self.costs[-1] += self.read() - self.begin
-        return Followed(self.units, end, self.costs, self.nestings)
+        return Followed(self.units, end, self.costs, self.nestings, frozenset(self.changed))
 
 
 def _tensors(value: Any) -> Iterable[torch.Tensor]:

@@ -9,7 +9,7 @@ one in front of the message. Everything else travels as bare tensors.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,8 @@ class Spec:
     def tensors(self) -> list[TensorSpec]:
         return [leaf for leaf in self.leaves if isinstance(leaf, TensorSpec)]
 
-    def build(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Return the message with these tensors in their places."""
+    def build(self, tensors: Sequence[Any]) -> Any:
+        """Return the message with these in the places of its tensors."""
         given = iter(tensors)
         leaves = [next(given) if isinstance(leaf, TensorSpec) else leaf for leaf in self.leaves]
         return pytree.tree_map(lambda number: leaves[number], self.nesting)
@@ -126,7 +126,8 @@ class Exchange:
     """The messages of one rank in one step, lane by lane in the order of the table.
 
     placement: the rank (on the axis of `links`) of each stage. `specs` outlives the step; it has
-    what was agreed: (stage that sends activations, shape of the batch) -> Spec.
+    what was agreed: (stage that sends activations, shape of the batch) -> Spec. shape_of(number of
+    a microbatch) says which agreement its messages are under.
     """
 
     def __init__(
@@ -134,10 +135,11 @@ class Exchange:
         links: Links,
         placement: Sequence[int],
         specs: dict[tuple[int, Hashable], Spec],
-        batch_shapes: Sequence[Hashable],
+        shape_of: Callable[[int], Hashable],
     ) -> None:
         self.links, self.placement, self.specs = links, placement, specs
-        self.batch_shapes = batch_shapes
+        self._shape_of = shape_of
+        self._shapes: dict[int, Hashable] = {}
         self._awaited: dict[int, deque[Action]] = {}  # by source: announced, not posted yet
         self._posted: dict[Action, list[Pending]] = {}
         self._unsent: dict[int, deque[list[Pending]]] = {}
@@ -153,6 +155,7 @@ class Exchange:
     def take(self, receive: Action) -> list[torch.Tensor]:
         """Wait for the tensors of a message that was announced."""
         source = self._source(receive)
+        self._post_known(source)
         while receive not in self._posted:
             self._agree(self._awaited[source][0])
             self._post_known(source)
@@ -160,7 +163,7 @@ class Exchange:
 
     def spec(self, sender: int, microbatch: int) -> Spec:
         """Return what the activations are made of that stage `sender` gives for a microbatch."""
-        return self.specs[sender, self.batch_shapes[microbatch]]
+        return self.specs[sender, self._shape(microbatch)]
 
     def _post_known(self, source: int) -> None:
         awaited = self._awaited[source]
@@ -186,7 +189,12 @@ class Exchange:
     def _key(self, receive: Action) -> tuple[int, Hashable]:
         """Return which agreement a message is under: that on the activations it belongs to."""
         sender = receive.stage - 1 if receive.kind == "RECV_F" else receive.stage
-        return sender, self.batch_shapes[receive.microbatch]
+        return sender, self._shape(receive.microbatch)
+
+    def _shape(self, microbatch: int) -> Hashable:
+        if microbatch not in self._shapes:
+            self._shapes[microbatch] = self._shape_of(microbatch)
+        return self._shapes[microbatch]
 
     def _source(self, receive: Action) -> int:
         return self.placement[receive.stage + (-1 if receive.kind == "RECV_F" else 1)]
@@ -195,7 +203,7 @@ class Exchange:
 
     def agree_on(self, stage: int, microbatch: int, value: Any) -> bool:
         """Check what `stage` gives against what was agreed; is it new?"""
-        key, spec = (stage, self.batch_shapes[microbatch]), Spec.of(value)
+        key, spec = (stage, self._shape(microbatch)), Spec.of(value)
         if key in self.specs:
             self.specs[key].check(spec, stage)
             return False

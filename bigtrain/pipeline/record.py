@@ -37,6 +37,7 @@ class _Visit:
 
     start: int
     stop: int
+    home: torch.device
     received: dict[Output, torch.Tensor]
     outlines: tuple[tuple[Any, ...], ...]
     made: dict[Output, torch.Tensor] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class RecordedChain:
         self.units: Sequence[str] = [unit.name for unit in followed.units]
         self._visit: _Visit | None = None
         self._watched: set[nn.Module] = set()
+        self._absent: dict[Any, Absent] = {}
 
     def sees_call(self, start: int, stop: int) -> bool:
         """Every stage runs the model's forward, so it needs its arguments."""
@@ -75,13 +77,15 @@ class RecordedChain:
 
     def part(self, start: int, stop: int) -> Callable[[Any, Call | None], Any]:
         """Return the function of a stage; see `Stage.run`."""
-        self._watch(start, stop)
+        self._watch()
         before, after = self.needed_after(start), self.needed_after(stop)
 
         def run(carry: Any, call: Call | None) -> Any:
             assert call is not None
             tensors, outline = carry if carry is not None else ((), Outline(()))
-            visit = _Visit(start, stop, dict(zip(before, tensors, strict=True)), outline.leaves)
+            home = _home_of(call, tensors)
+            received = dict(zip(before, tensors, strict=True))
+            visit = _Visit(start, stop, home, received, outline.leaves)
             self._visit = visit
             try:
                 result = self.model.forward(*call[0], **call[1])
@@ -98,7 +102,7 @@ class RecordedChain:
 
     # -- hooks of the modules that are units ---------------------------------------------------
 
-    def _watch(self, start: int, stop: int) -> None:
+    def _watch(self) -> None:
         """Let all modules that are units take part in visits."""
         for name, module in leaves_of(self.model, self.inside).items():
             if module not in self._watched:
@@ -138,7 +142,10 @@ class RecordedChain:
             return leaf
         if output in visit.received:
             return visit.received[output]
-        return Absent.of(leaf.shape, leaf.dtype, leaf.home)
+        known = self._absent.get((leaf, visit.home))
+        if known is None:
+            known = self._absent[leaf, visit.home] = Absent.of(leaf.shape, leaf.dtype, visit.home)
+        return known
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         visit = self._visit
@@ -151,7 +158,9 @@ class RecordedChain:
             leaves = pytree.tree_leaves(output)
             for index, leaf in enumerate(leaves):
                 if isinstance(leaf, torch.Tensor):
-                    visit.made[visit.next, index] = leaf
+                    output = (visit.next, index)
+                    # Sent as the unit returned it: what changes it later runs in each stage.
+                    visit.made[output] = leaf.clone() if output in self.followed.changed else leaf
             visit.outlines = (*visit.outlines, tuple(_outlined(leaf) for leaf in leaves))
         visit.next += 1
 
@@ -173,16 +182,21 @@ class RecordedChain:
         )
 
 
+def _home_of(call: Call, tensors: Sequence[torch.Tensor]) -> torch.device:
+    """Return the device of this stage: that of what it was given."""
+    given = [*tensors, *(t for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor))]
+    return given[0].device if given else torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class _Outlined:
     """What is known everywhere of a tensor that a unit returned."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    home: torch.device
 
 
 def _outlined(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
-        return _Outlined(tuple(leaf.shape), leaf.dtype, leaf.device)
+        return _Outlined(tuple(leaf.shape), leaf.dtype)
     return leaf

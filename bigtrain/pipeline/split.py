@@ -174,33 +174,30 @@ def tensors_of(model: nn.Module, names: Iterable[str]) -> list[torch.Tensor]:
     return list(found)
 
 
-def prune(model: nn.Module, keep: Collection[str]) -> None:
+def prune(model: nn.Module, keep: Collection[str], dtype: torch.dtype, home: torch.device) -> None:
     """Take the parameters and buffers of modules that are not in `keep` out of `model`.
 
     In their places stand absent tensors, since the model's own code may ask for their dtype or
-    device. Buffers of modules around those that stay (a table that all layers use) stay too.
+    device, which are those that the model will have: `dtype` if it is a float, on `home`. Buffers
+    of modules around those that stay (a table that all layers use) stay too.
     """
     around = {""} | {name[:i] for name in keep for i, c in enumerate(name) if c == "."}
     for name, module in list(model.named_modules()):
         if any(name == kept or name.startswith(f"{kept}.") for kept in keep):
             continue
-        _remove(
-            module,
-            module._parameters,
-            [f"{name}.{own}".lstrip(".") in keep for own in module._parameters],
-        )
+        gone = [own for own in module._parameters if f"{name}.{own}".lstrip(".") not in keep]
         if name not in around:
-            _remove(module, module._buffers, [False] * len(module._buffers))
+            gone += module._buffers
             shards = getattr(module, "shards", None)
             if isinstance(shards, dict):
                 shards.clear()
-
-
-def _remove(module: nn.Module, tensors: dict[str, Any], kept: Sequence[bool]) -> None:
-    for (name, tensor), keep in zip(list(tensors.items()), kept, strict=True):
-        if not keep and tensor is not None:
-            del tensors[name]
-            module.__dict__[name] = Absent.of(tuple(tensor.shape), tensor.dtype, tensor.device)
+        for own in gone:
+            tensor = module._parameters.pop(own, None)
+            tensor = module._buffers.pop(own, None) if tensor is None else tensor
+            kind = dtype if tensor is not None and tensor.is_floating_point() else None
+            module.__dict__[own] = (
+                None if tensor is None else Absent.of(tensor.shape, kind or tensor.dtype, home)
+            )
 
 
 def _some(units: Sequence[str]) -> str:

@@ -32,7 +32,7 @@ def splitting(later: Later) -> Iterator[None]:
         yield
 
 
-def backward(roots: Sequence[Root], grads: Sequence[torch.Tensor | None]) -> None:
+def backward(roots: Sequence[Root], grads: Sequence[torch.Tensor | None], later: Later) -> None:
     """As torch.autograd.backward, with `splitting` in effect also while it runs.
 
     Activation checkpointing runs forward again inside of backward, and must run the same
@@ -42,9 +42,18 @@ def backward(roots: Sequence[Root], grads: Sequence[torch.Tensor | None]) -> Non
         torch.ones_like(root) if grad is None and isinstance(root, torch.Tensor) else grad
         for root, grad in zip(roots, grads, strict=True)
     )
+
+    def begin(*_: Any) -> None:  # one of the roots is the first node that runs
+        if later.task is None:
+            later.task = torch._C._current_graph_task_id()
+
+    nodes = [root.grad_fn if isinstance(root, torch.Tensor) else root.node for root in roots]
+    handles = [node.register_prehook(begin) for node in nodes if node is not None]
     _engine_run_backward(
         tuple(roots), given, False, False, (), allow_unreachable=True, accumulate_grad=True
     )
+    for handle in handles:
+        handle.remove()
 
 
 class _Linear(torch.autograd.Function):

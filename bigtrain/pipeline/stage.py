@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from bigtrain.errors import BigtrainError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # how the model was called: args, kwargs
 
@@ -57,8 +60,21 @@ class StandIn:
 
     def __init__(self, model: nn.Module, answer: Callable[[Call], Any]) -> None:
         self._model, self._answer = model, answer
+        self._called = False
+        # With the signature of the model's, which says what is wrong with a call.
+        self.forward = functools.wraps(model.forward)(lambda *a, **k: self._call(*a, **k))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if self._called:
+            raise BigtrainError(
+                f"the loss function calls {type(self._model).__name__} a second time for a batch",
+                why="activations of one call travel through the stages",
+                mend="call the model once, on all that it is to see (stack the inputs)",
+            )
+        self._called = True
         return self._answer((args, kwargs))
 
     def __getattr__(self, name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -20,15 +21,31 @@ EVEN_ENOUGH = 1.15  # costliest stage over the mean, where finer units are not l
 MOST_LOOKS = 12  # into how many layers of modules
 
 
-def choose_bounds(
+@dataclass(frozen=True)
+class Cuts:
+    """How a model is cut: where stages begin, and of a model that was followed what was found."""
+
+    bounds: Bounds
+    inside: frozenset[str] = frozenset()
+    followed: Followed | None = None
+
+
+def chain_of(model: nn.Module, cuts: Cuts) -> tuple[Chain, Bounds]:
+    """Return the chain that `cuts` are about, of this rank's copy of the model."""
+    if cuts.followed is None:
+        return LayerChain(model), cuts.bounds
+    return RecordedChain(model, cuts.inside, cuts.followed), cuts.bounds
+
+
+def choose_cuts(
     model: nn.Module,
     num_stages: int,
     split: Sequence[str] | None,
     cost: str,
     example: Any,
     loss_of: Any,
-) -> tuple[Chain, Bounds]:
-    """Return the model as a chain of units, and which of them each stage has.
+) -> Cuts:
+    """Return how to cut the model into `num_stages` stages.
 
     A model that lists its layers is made of these. Of any other, one forward is followed: with
     `split`, the modules beside those that are named are the units; without, as fine ones as it
@@ -38,22 +55,22 @@ def choose_bounds(
         BigtrainError: the model cannot be cut so; or an example is needed, and there is none.
     """
     if callable(getattr(model, "pipeline_layers", None)):
-        chain: Chain = LayerChain(model)
+        chain = LayerChain(model)
         if split is not None:
-            return chain, bounds_at(chain.units, split, num_stages)
+            return Cuts(bounds_at(chain.units, split, num_stages))
         if len(chain.units) < num_stages:
-            return chain, balanced(chain.units, [1.0] * len(chain.units), num_stages)  # refuses
-        return chain, balanced(chain.units, _list_costs(chain, cost, example, loss_of), num_stages)
+            return Cuts(balanced(chain.units, [1.0] * len(chain.units), num_stages))  # refuses
+        return Cuts(balanced(chain.units, _list_costs(chain, cost, example, loss_of), num_stages))
     call = _call(model, example, loss_of)
     if split is not None:
         _refuse_unknown(model, split)
         followed = _followed(model, _around(split), cost, call)
-        chain = RecordedChain(model, _around(split), followed)
-        return chain, bounds_at(chain.units, split, num_stages)
+        units = [unit.name for unit in followed.units]
+        return Cuts(bounds_at(units, split, num_stages), _around(split), followed)
     return _finely(model, num_stages, cost, call)
 
 
-def _finely(model: nn.Module, num_stages: int, cost: str, call: Call) -> tuple[Chain, Bounds]:
+def _finely(model: nn.Module, num_stages: int, cost: str, call: Call) -> Cuts:
     """Look into the costliest modules until stages are even, or nothing is left to look into."""
     inside, closed = {""}, set[str]()
     followed = _followed(model, inside, cost, call)
@@ -68,8 +85,8 @@ def _finely(model: nn.Module, num_stages: int, cost: str, call: Call) -> tuple[C
             closed |= wanted
             continue
         inside, followed = inside | wanted, finer
-    chain = RecordedChain(model, frozenset(inside), followed)
-    return chain, balanced(chain.units, followed.costs, num_stages)
+    units = [unit.name for unit in followed.units]
+    return Cuts(balanced(units, followed.costs, num_stages), frozenset(inside), followed)
 
 
 def _too_coarse(model: nn.Module, known: set[str], followed: Followed, num_stages: int) -> set[str]:
