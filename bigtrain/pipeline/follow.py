@@ -137,8 +137,9 @@ class _Follower(TorchFunctionMode):
             for index, leaf in enumerate(leaves):
                 if isinstance(leaf, torch.Tensor):
                     output = (len(self.units) - 1, index)
-                    self.tags[id(leaf)], self.outputs[id(leaf)] = frozenset([output]), output
-                    self.alive.append(leaf)
+                    # A unit may return what it was given (an identity), under both names then.
+                    self.tag(leaf, frozenset([output]))
+                    self.outputs[id(leaf)] = output
             self.meter()
 
     def unit(self, name: str, module: str, given: Any) -> Unit:

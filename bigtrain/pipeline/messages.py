@@ -138,8 +138,7 @@ class Exchange:
         shape_of: Callable[[int], Hashable],
     ) -> None:
         self.links, self.placement, self.specs = links, placement, specs
-        self._shape_of = shape_of
-        self._shapes: dict[int, Hashable] = {}
+        self.shape_of = shape_of
         self._awaited: dict[int, deque[Action]] = {}  # by source: announced, not posted yet
         self._posted: dict[Action, list[Pending]] = {}
         self._unsent: dict[int, deque[list[Pending]]] = {}
@@ -163,7 +162,7 @@ class Exchange:
 
     def spec(self, sender: int, microbatch: int) -> Spec:
         """Return what the activations are made of that stage `sender` gives for a microbatch."""
-        return self.specs[sender, self._shape(microbatch)]
+        return self.specs[sender, self.shape_of(microbatch)]
 
     def _post_known(self, source: int) -> None:
         awaited = self._awaited[source]
@@ -189,12 +188,7 @@ class Exchange:
     def _key(self, receive: Action) -> tuple[int, Hashable]:
         """Return which agreement a message is under: that on the activations it belongs to."""
         sender = receive.stage - 1 if receive.kind == "RECV_F" else receive.stage
-        return sender, self._shape(receive.microbatch)
-
-    def _shape(self, microbatch: int) -> Hashable:
-        if microbatch not in self._shapes:
-            self._shapes[microbatch] = self._shape_of(microbatch)
-        return self._shapes[microbatch]
+        return sender, self.shape_of(receive.microbatch)
 
     def _source(self, receive: Action) -> int:
         return self.placement[receive.stage + (-1 if receive.kind == "RECV_F" else 1)]
@@ -203,7 +197,7 @@ class Exchange:
 
     def agree_on(self, stage: int, microbatch: int, value: Any) -> bool:
         """Check what `stage` gives against what was agreed; is it new?"""
-        key, spec = (stage, self._shape(microbatch)), Spec.of(value)
+        key, spec = (stage, self.shape_of(microbatch)), Spec.of(value)
         if key in self.specs:
             self.specs[key].check(spec, stage)
             return False

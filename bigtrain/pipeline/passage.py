@@ -129,8 +129,9 @@ class Passage:
         self.batches, self.loss_of, self.prepare, self.trace = batches, loss_of, prepare, trace
         self.training = training
         self.peak = 0
-        self.exchange = exchange(lambda micro: (training, shape_of(self._batch(micro))))
+        self.exchange = exchange(self._shape)
         self._fetched: dict[int, Any] = {}
+        self._shapes: dict[int, Hashable] = {}
         self._kept: dict[tuple[int, int], _Kept] = {}
         # What stages on this rank pass to each other, by (the stage it is for, microbatch).
         self._activations: dict[tuple[int, int], Any] = {}
@@ -172,8 +173,14 @@ class Passage:
     def _batch(self, micro: int) -> Any:
         """Return a microbatch, which is asked for once and held until its last forward here."""
         if micro not in self._fetched:
-            self._fetched[micro] = self.batches[micro]
+            batch = self.batches[micro]
+            self._fetched[micro] = batch
+            self._shapes[micro] = (self.training, shape_of(batch))
         return self._fetched[micro]
+
+    def _shape(self, micro: int) -> Hashable:
+        self._batch(micro)
+        return self._shapes[micro]
 
     # -- forward -------------------------------------------------------------------------------
 
