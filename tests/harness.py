@@ -33,6 +33,7 @@ COLLECTIVES = (
     "broadcast",
     "all_gather_object",
 )
+MESSAGES = ("isend", "irecv")
 
 
 def run_ranks(
@@ -47,7 +48,8 @@ def run_ranks(
 ) -> list[Any]:
     """Run `fn(mesh, *args)` on `world_size` ranks and return what each returned, in order.
 
-    With `delay_seed`, every rank sleeps a random few milliseconds before every collective.
+    With `delay_seed`, every rank sleeps a random few milliseconds before every collective, and
+    before every message that it sends or begins to receive.
     """
     context = multiprocessing.get_context("fork")
     meeting = tmp_path / f"meet-{uuid.uuid4().hex}"
@@ -124,8 +126,8 @@ def _rank_main(
 
 
 def _delay_collectives(rng: random.Random) -> None:
-    """Make this (forked) rank come late to every collective, by a few random milliseconds."""
-    for name in COLLECTIVES:
+    """Make this (forked) rank come late to everything it says, by a few random milliseconds."""
+    for name in COLLECTIVES + MESSAGES:
         plain = getattr(dist, name, None)
         if plain is None:  # another version of torch
             continue

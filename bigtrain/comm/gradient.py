@@ -109,6 +109,13 @@ class GradientPath:
         Raises:
             BigtrainError: the last microbatch of the step is over.
         """
+        over = self._state is _State.ACCUMULATING and self._next == len(self.buckets)
+        if over and self.buckets:
+            raise BigtrainError(
+                "backward after the last backward of a step",
+                why="buckets may be on the wire already, so their gradients cannot change",
+                mend="pass last=False for all microbatches but the last, then finish()",
+            )
         with self.accumulate(self._places if last else ()):
             yield
 
@@ -120,16 +127,10 @@ class GradientPath:
         are, and those before it.
 
         Raises:
-            BigtrainError: all gradients of the step are final already.
+            BigtrainError: a gradient arrives whose bucket was reduced already.
         """
         if self._state is not _State.ACCUMULATING:
             self._begin_step()
-        elif self.buckets and self._next == len(self.buckets):
-            raise BigtrainError(
-                "backward after the last backward of a step",
-                why="buckets may be on the wire already, so their gradients cannot change",
-                mend="pass last=False for all microbatches but the last, then finish()",
-            )
         self._in_backward, self._final = True, final
         try:
             yield

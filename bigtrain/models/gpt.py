@@ -52,23 +52,23 @@ class Block(nn.Module):
         self.attention = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size)
         self.mlp = MLP(hidden_size)
-        self.dropout = Dropout(dropout)
+        self.dropout1, self.dropout2 = Dropout(dropout), Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.think(self.attend(x))
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         """Return the first half of forward."""
-        return x + self.dropout(self.attention(self.norm1(x)))
+        return x + self.dropout1(self.attention(self.norm1(x)))
 
     def think(self, x: torch.Tensor) -> torch.Tensor:
         """Return the second half of forward."""
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        return x + self.dropout2(self.mlp(self.norm2(x)))
 
     def layers(self, name: str) -> list[Layer]:
         """Return this block, called `name`, as two layers of a chain."""
-        first = (f"{name}.norm1", f"{name}.attention", f"{name}.dropout")
-        second = (f"{name}.norm2", f"{name}.mlp", f"{name}.dropout")
+        first = (f"{name}.norm1", f"{name}.attention", f"{name}.dropout1")
+        second = (f"{name}.norm2", f"{name}.mlp", f"{name}.dropout2")
         return [
             Layer(f"{name}.attention", self.attend, first),
             Layer(f"{name}.mlp", self.think, second),
@@ -159,7 +159,8 @@ class GPT(nn.Module):
             "blocks.*.norm2": "sequence",
             "blocks.*.mlp.up": "column",
             "blocks.*.mlp.down": "row",
-            "blocks.*.dropout": "sequence",
+            "blocks.*.dropout1": "sequence",
+            "blocks.*.dropout2": "sequence",
             "norm": "sequence",
             "head": "vocab",
             "logits": "gather",

@@ -27,7 +27,7 @@ class Dropout(nn.Module):
         self.p, self.per_sample = p, per_sample
         self.layer: int | None = None  # which of the model's dropout layers, counted by it
         self.sample_seeds: Sequence[int] | None = None
-        self._calls = 0
+        self._calls = self._calls_before = 0  # in this forward, and in the one before
         self._dim, self._rank, self._degree = 0, 0, 1
 
     def split(self, dim: int, rank: int, degree: int) -> None:
@@ -63,9 +63,11 @@ class Dropout(nn.Module):
         if torch._C._current_graph_task_id() == -1:
             self._calls += 1
             return self._calls - 1
-        if self._calls != 1:
+        # Another microbatch may be about to go forward; its calls are as many.
+        calls = self._calls or self._calls_before
+        if calls != 1:
             raise BigtrainError(
-                f"a dropout layer that is called {self._calls} times in a forward is recomputed",
+                f"a dropout layer that is called {calls} times in a forward is recomputed",
                 why="activation checkpointing repeats a call, and does not tell which one",
                 mend="use a dropout layer of its own in each place",
             )
@@ -92,6 +94,7 @@ def seed_dropout(model: nn.Module, sample_seeds: Sequence[int], *, recompute: bo
     for module in layers:
         module.sample_seeds = sample_seeds
         if not recompute:
+            module._calls_before = module._calls or module._calls_before
             module._calls = 0
 
 

@@ -47,7 +47,7 @@ class Absent(torch.Tensor):
             args, kwargs = pytree.tree_map(_on_meta, (args, kwargs))
             try:
                 out = func(*args, **kwargs)
-            except (NotImplementedError, RuntimeError) as error:
+            except (NotImplementedError, RuntimeError, TypeError) as error:
                 raise _misuse(func, str(error).split("\n")[0]) from error
             return pytree.tree_map_only(torch.Tensor, lambda t: _wrap(t, home), out)
 

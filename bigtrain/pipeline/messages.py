@@ -97,6 +97,15 @@ class Spec:
 def _spec_of(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return TensorSpec(tuple(leaf.shape), leaf.dtype, leaf.requires_grad)
+    return constant(leaf)
+
+
+def constant(leaf: Any) -> Any:
+    """Return `leaf`, which is no tensor, if it may travel.
+
+    Raises:
+        BigtrainError: it may not.
+    """
     if isinstance(leaf, _CONSTANTS):
         return leaf
     raise BigtrainError(

@@ -18,7 +18,7 @@ from bigtrain.comm.gradient import GradientPath
 from bigtrain.ops.later import Later
 from bigtrain.pipeline.messages import Exchange, tensors_in
 from bigtrain.pipeline.split_backward import Root, backward, splitting
-from bigtrain.pipeline.stage import Call, Stage, StandIn, call_of
+from bigtrain.pipeline.stage import Call, Stage, StandIn, inside
 from bigtrain.pipeline.table import Action, Table
 
 _CONSTANTS = (bool, int, float, str, type(None))
@@ -104,8 +104,8 @@ class _Kept:
 class Passage:
     """One passage of microbatches through the stages of this rank.
 
-    loss_of(model, number, batch) is called for each microbatch on the rank of the last stage, and
-    elsewhere for stages that see how the model is called. `peak` is how many forwards waited for
+    loss_of(model, number, batch) is called for each microbatch by every stage, by all but the last
+    only up to where it calls the model. `peak` is how many forwards waited for
     their backward at most.
     """
 
@@ -227,16 +227,17 @@ class Passage:
 
     def _result(self, stage: Stage, carry: Any, micro: int) -> Any:
         model, batch = self.path.model, self._batch(micro)
-        if stage.num_stages == 1:
-            loss = self.loss_of(model, micro, batch)
-        elif stage.is_last:
-            stand_in = StandIn(model, lambda call: stage.run(carry, call))
-            loss = self.loss_of(stand_in, micro, batch)
-        else:
-            call: Call | None = None
-            if stage.sees_call:
-                call = call_of(lambda model, batch: self.loss_of(model, micro, batch), model, batch)
+
+        def loss_of(model: Any) -> Any:
+            return self.loss_of(model, micro, batch)
+
+        def answer(call: Call) -> Any:
             return stage.run(carry, call)
+
+        if not stage.is_last:
+            return inside(loss_of, model, answer)
+        # One stage is the whole model, which may be looked at and called in any way.
+        loss = loss_of(model if stage.num_stages == 1 else StandIn(model, answer))
         degree = self.path.sync.axis.degree
         return loss / degree if degree > 1 and self.training else loss
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from bigtrain.errors import BigtrainError
 from bigtrain.pipeline.absent import Absent
 from bigtrain.pipeline.follow import Followed, Output, leaves_of
-from bigtrain.pipeline.messages import Constant
+from bigtrain.pipeline.messages import Constant, constant
 from bigtrain.pipeline.stage import Call
 
 
@@ -60,10 +60,6 @@ class RecordedChain:
         self._watched: set[nn.Module] = set()
         self._absent: dict[Any, Absent] = {}
 
-    def sees_call(self, start: int, stop: int) -> bool:
-        """Every stage runs the model's forward, so it needs its arguments."""
-        return True
-
     def owned(self, start: int, stop: int) -> set[str]:
         """Return the names of modules that these units are, and of parameters used on the way."""
         mine = self.followed.units[start:stop]
@@ -75,13 +71,12 @@ class RecordedChain:
         later = (*self.followed.units[stop:], self.followed.end)
         return sorted({tag for unit in later for tag in unit.needs if tag[0] < stop})
 
-    def part(self, start: int, stop: int) -> Callable[[Any, Call | None], Any]:
+    def part(self, start: int, stop: int) -> Callable[[Any, Call], Any]:
         """Return the function of a stage; see `Stage.run`."""
         self._watch()
         before, after = self.needed_after(start), self.needed_after(stop)
 
-        def run(carry: Any, call: Call | None) -> Any:
-            assert call is not None
+        def run(carry: Any, call: Call) -> Any:
             tensors, outline = carry if carry is not None else ((), Outline(()))
             home = _home_of(call, tensors)
             received = dict(zip(before, tensors, strict=True))
@@ -199,4 +194,4 @@ class _Outlined:
 def _outlined(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return _Outlined(tuple(leaf.shape), leaf.dtype)
-    return leaf
+    return constant(leaf)

@@ -25,13 +25,10 @@ class Chain(Protocol):
     model: nn.Module
     units: Sequence[str]
 
-    def sees_call(self, start: int, stop: int) -> bool:
-        """Do units [start, stop) look at the arguments of the model's forward?"""
-
     def owned(self, start: int, stop: int) -> set[str]:
         """Return the names of the modules and parameters that units [start, stop) use."""
 
-    def part(self, start: int, stop: int) -> Callable[[Any, Call | None], Any]:
+    def part(self, start: int, stop: int) -> Callable[[Any, Call], Any]:
         """Return the function of a stage that is units [start, stop); see `Stage.run`."""
 
 
@@ -50,24 +47,18 @@ class LayerChain:
     def owned(self, start: int, stop: int) -> set[str]:
         return {name for layer in self._layers()[start:stop] for name in layer.modules}
 
-    def part(self, start: int, stop: int) -> Callable[[Any, Call | None], Any]:
+    def part(self, start: int, stop: int) -> Callable[[Any, Call], Any]:
         layers = self._layers()[start:stop]
 
-        def run(carry: Any, call: Call | None) -> Any:
-            given: dict[str, Any] = {}
-            if call is not None:
-                bound = self.signature.bind(*call[0], **call[1])
-                bound.apply_defaults()
-                given = bound.arguments
+        def run(carry: Any, call: Call) -> Any:
+            given = self.signature.bind(*call[0], **call[1])
+            given.apply_defaults()
             for layer in layers:
                 before = carry if isinstance(carry, tuple) else () if carry is None else (carry,)
-                carry = layer.call(*before, *(given[name] for name in layer.takes))
+                carry = layer.call(*before, *(given.arguments[name] for name in layer.takes))
             return carry
 
         return run
-
-    def sees_call(self, start: int, stop: int) -> bool:
-        return any(layer.takes for layer in self._layers()[start:stop])
 
 
 def bounds_at(units: Sequence[str], begins: Sequence[str], num_stages: int) -> Bounds:
@@ -153,7 +144,6 @@ def make_stages(
                 chain.units[start:stop],
                 parameters[index],
                 chain.part(start, stop),
-                chain.sees_call(start, stop),
             )
         )
     return stages

@@ -19,15 +19,14 @@ class Stage:
     """Units [start, stop) of a model, as stage `index` of `num_stages`.
 
     run(what the stage before gave, how the model was called) gives what the next stage needs, or in
-    the last stage what the model returns. Without `sees_call` the call may be None.
+    the last stage what the model returns.
     """
 
     index: int
     num_stages: int
     units: Sequence[str]
     parameters: Sequence[nn.Parameter]
-    run: Callable[[Any, Call | None], Any]
-    sees_call: bool
+    run: Callable[[Any, Call], Any]
 
     @property
     def is_last(self) -> bool:
@@ -37,22 +36,21 @@ class Stage:
 def whole(model: nn.Module) -> Stage:
     """Return all of `model` as the only stage."""
 
-    def run(carry: Any, call: Call | None) -> Any:
-        assert call is not None
+    def run(carry: Any, call: Call) -> Any:
         return model(*call[0], **call[1])
 
     params = [param for param in model.parameters() if param.requires_grad]
-    return Stage(0, 1, [type(model).__name__], params, run, sees_call=True)
+    return Stage(0, 1, [type(model).__name__], params, run)
 
 
-class Captured(BaseException):
+class _Answered(BaseException):
     """Ends a loss function where it calls the model, which is all that an earlier stage needs.
 
     No Exception, so that no loss function takes it for an error.
     """
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
 
 
 class StandIn:
@@ -81,14 +79,24 @@ class StandIn:
         return getattr(self._model, name)
 
 
-def call_of(loss_of: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Call | None:
-    """Return how `loss_of` calls the model for `batch`; None if it does not."""
+def inside(loss_of: Callable[[Any], Any], model: nn.Module, answer: Callable[[Call], Any]) -> Any:
+    """Return what `answer` returns where `loss_of(model)` calls the model, and leave it there.
+
+    So an earlier stage runs under what the loss function has set up (autocast, say).
+
+    Raises:
+        BigtrainError: it does not call the model.
+    """
 
     def stop(call: Call) -> Any:
-        raise Captured(call)
+        raise _Answered(answer(call))
 
     try:
-        loss_of(StandIn(model, stop), batch)
-    except Captured as captured:
-        return captured.call
-    return None
+        loss_of(StandIn(model, stop))
+    except _Answered as answered:
+        return answered.answer
+    raise BigtrainError(
+        f"the loss function does not call {type(model).__name__}",
+        why="where it does, the stages of the model run",
+        mend="let it call the model that it is given, once",
+    )

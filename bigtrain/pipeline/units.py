@@ -13,7 +13,7 @@ from bigtrain.errors import BigtrainError
 from bigtrain.pipeline.follow import Followed, follow
 from bigtrain.pipeline.record import RecordedChain
 from bigtrain.pipeline.split import Bounds, Chain, LayerChain, balanced, bounds_at
-from bigtrain.pipeline.stage import Call, call_of
+from bigtrain.pipeline.stage import Call, inside
 
 log = logging.getLogger(__name__)
 
@@ -149,17 +149,16 @@ def _list_costs(chain: Chain, cost: str, example: Any, loss_of: Any) -> list[flo
 
 
 def _call(model: nn.Module, example: Any, loss_of: Any) -> Call:
-    call = call_of(loss_of or _by_name, model, example) if example is not None else None
-    if call is None:
+    """Return how the loss function calls the model for the example."""
+    if example is None:
         raise BigtrainError(
-            f"no example of how {type(model).__name__} is called"
-            if example is None
-            else f"the loss function does not call {type(model).__name__}",
+            f"no example of how {type(model).__name__} is called",
             why="what its units are and cost is found by following one forward",
             mend="pass example= (a batch of one microbatch) and the loss_of= that is used",
         )
+    call: Call = inside(
+        lambda model: loss_of(model, example) if loss_of else model(**example),
+        model,
+        lambda call: call,
+    )
     return call
-
-
-def _by_name(model: Any, batch: Any) -> Any:
-    return model(**batch)
