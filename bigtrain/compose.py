@@ -297,6 +297,7 @@ def _held(shard: Shard, holders: tuple[int, ...], rank: int) -> Shard:
         shard,
         replica=shard.replica * len(holders) + number,
         num_replicas=shard.num_replicas * len(holders),
+        stages=holders,
     )
 
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -53,6 +54,8 @@ def save(folder: Path, state: State, blocks: Sequence[NamedBlock], world: Axis) 
     failures = [f"rank {rank}: {r}" for rank, r in enumerate(records) if isinstance(r, str)]
     if not failures and world.rank == 0:
         tensors, files = _merge(records)
+        failures = _untiled(tensors)
+    if not failures and world.rank == 0:
         manifest = Manifest(state=state, tensors=tensors, files=files)
         manifest.digest = manifest.compute_digest()
         failures = _try_publish(hidden, folder / name, manifest)
@@ -129,9 +132,10 @@ def _share(blocks: Sequence[NamedBlock]) -> list[NamedBlock]:
     differ in size, so do buckets). Taken by name, they agree without talking.
     """
     mine = []
-    load: dict[int, list[int]] = {}
+    load: dict[tuple[int, tuple[int, ...]], list[int]] = {}  # of each set of ranks that share
     for block in sorted(blocks, key=lambda block: (block.name, block.block.offsets)):
-        bytes_so_far = load.setdefault(block.num_replicas, [0] * block.num_replicas)
+        holders = block.num_replicas, block.stages
+        bytes_so_far = load.setdefault(holders, [0] * block.num_replicas)
         writer = bytes_so_far.index(min(bytes_so_far))
         bytes_so_far[writer] += block.tensor.numel() * block.tensor.element_size()
         if writer == block.replica:
@@ -155,6 +159,16 @@ def _merge(
             else:
                 tensors[name] = tensor
     return tensors, files
+
+
+def _untiled(tensors: dict[str, TensorEntry]) -> list[str]:
+    """Return what is wrong with blocks that do not make up their tensor: one twice, or missing."""
+    return [
+        f"{name}: its blocks have {found} elements, not {math.prod(entry.shape)}"
+        for name, entry in tensors.items()
+        for found in [sum(math.prod(block.sizes) for block in entry.blocks)]
+        if found != math.prod(entry.shape)
+    ]
 
 
 def _try_publish(hidden: Path, final: Path, manifest: Manifest) -> list[str]:

@@ -86,13 +86,15 @@ class Shard:
     """What a rank holds of a full tensor of `shape`: pieces that fill a tensor of its own.
 
     `num_replicas` ranks along the axes that shard a model hold the same pieces, this one being
-    number `replica`. A fused projection has several pieces (its rows of q, of k and of v).
+    number `replica`; if stages of a pipeline differ in what they hold, `stages` are those. A fused
+    projection has several pieces (its rows of q, of k and of v).
     """
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     replica: int = 0
     num_replicas: int = 1
+    stages: tuple[int, ...] = ()
 
     @classmethod
     def whole(cls, shape: Sequence[int], replica: int = 0, num_replicas: int = 1) -> Shard:
@@ -147,6 +149,7 @@ class Shard:
                 tensor[common.within(part).slices],
                 self.replica * many + number,
                 self.num_replicas * many,
+                self.stages,
             )
 
 
@@ -167,7 +170,7 @@ def shards_of(model: nn.Module) -> dict[str, Shard]:
 class NamedBlock:
     """A tensor on this rank that is `block` of the full tensor `name` of `shape`.
 
-    `num_replicas` ranks hold the same block, this one being number `replica`.
+    `num_replicas` ranks hold the same block, this one being number `replica`; `stages` as in Shard.
     """
 
     name: str
@@ -176,3 +179,4 @@ class NamedBlock:
     tensor: torch.Tensor
     replica: int = 0
     num_replicas: int = 1
+    stages: tuple[int, ...] = ()

@@ -91,11 +91,13 @@ def describe_schedule(config: Config, layout: Layout) -> str:
     table = table_of(config, layout)
     timeline = simulate(table, Costs())
     peak = max(validate(table).peak_in_flight)
-    return (
-        f"{table.name}: {table.num_stages} stages on {table.num_ranks} ranks, "
-        f"{table.num_microbatches} microbatches, bubble {float(timeline.bubble):.0%} "
-        f"if stages are equal, at most {peak} in flight"
+    number, bubble = table.num_microbatches, float(timeline.bubble)
+    text = (
+        f"{table.name}: {table.num_stages} stages on {table.num_ranks} ranks, {number} "
+        f"microbatch{'es' * (number > 1)}, bubble {bubble:.0%} if stages are equal, "
+        f"at most {peak} in flight"
     )
+    return text + "; a smaller train.microbatch would make the bubble smaller" * (bubble > 0.3)
 
 
 def _divisors_near(number: int, wanted: int, most: int = 8) -> str:
@@ -238,7 +240,10 @@ def _pipeline(config: Config, world_size: int | None) -> Iterator[Problem]:
     try:
         table = table_of(config, layout)
     except BigtrainError as error:
-        yield dataclasses.replace(error.problem, keys=keys)
+        it = error.problem
+        # The loader will point at the key; where in a table it is must stay in the text.
+        what = f"{it.where}: {it.what}" if it.where else it.what
+        yield dataclasses.replace(it, what=what, where="", keys=keys)
         return
     model, split = config.model, config.pipeline.split
     if isinstance(model, FactoryModel):

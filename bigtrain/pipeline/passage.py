@@ -186,6 +186,7 @@ class Passage:
 
     def _forward(self, action: Action, place: int) -> None:
         stage, micro = self.stages[action.stage], action.microbatch
+        self._batch(micro)
         carry, arrivals = self._arrive(self._carry(stage, micro))
         if self.prepare is not None:
             self.prepare(stage.index, micro, True)

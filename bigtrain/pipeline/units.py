@@ -17,6 +17,7 @@ from bigtrain.pipeline.stage import Call, inside
 
 log = logging.getLogger(__name__)
 
+_TOGETHER = ("forward", "pipeline_layers")
 EVEN_ENOUGH = 1.15  # costliest stage over the mean, where finer units are not looked for any more
 MOST_LOOKS = 12  # into how many layers of modules
 
@@ -47,14 +48,14 @@ def choose_cuts(
 ) -> Cuts:
     """Return how to cut the model into `num_stages` stages.
 
-    A model that lists its layers is made of these. Of any other, one forward is followed: with
-    `split`, the modules beside those that are named are the units; without, as fine ones as it
-    takes to make stages even.
+    A model that lists its layers is made of these, but not a subclass with a forward of its own. Of
+    any other, one forward is followed: with `split`, the modules beside those that are named are
+    the units; without, as fine ones as it takes to make stages even.
 
     Raises:
         BigtrainError: the model cannot be cut so; or an example is needed, and there is none.
     """
-    if callable(getattr(model, "pipeline_layers", None)):
+    if _lists_layers(model):
         chain = LayerChain(model)
         if split is not None:
             return Cuts(bounds_at(chain.units, split, num_stages))
@@ -68,6 +69,16 @@ def choose_cuts(
         units = [unit.name for unit in followed.units]
         return Cuts(bounds_at(units, split, num_stages), _around(split), followed)
     return _finely(model, num_stages, cost, call)
+
+
+def _lists_layers(model: nn.Module) -> bool:
+    """Has the model a list of layers that is about its forward, and not about that of a parent?"""
+    if not callable(getattr(model, "pipeline_layers", None)) or "forward" in vars(model):
+        return False
+    lineage = type(model).__mro__
+    by = {name: next((c for c in lineage if name in vars(c)), None) for name in _TOGETHER}
+    owner, lister = by["forward"], by["pipeline_layers"]
+    return owner is None or lister is None or lineage.index(lister) <= lineage.index(owner)
 
 
 def _finely(model: nn.Module, num_stages: int, cost: str, call: Call) -> Cuts:
