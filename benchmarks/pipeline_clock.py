@@ -50,6 +50,10 @@ def loss_of(model: Any, batch: Any) -> torch.Tensor:
     return model(*batch)
 
 
+def part_of_loss(model: Any, number: int, batch: Any) -> torch.Tensor:
+    return loss_of(model, batch)
+
+
 def virtual(schedule: str) -> int:
     return 2 if schedule == "interleaved" else 1
 
@@ -80,7 +84,7 @@ def train(mesh: Mesh, num_microbatches: int, steps: int, schedules: list[str]) -
             pipeline.trace = []
             dist.barrier()
             begin = time.perf_counter()
-            pipeline.run(batches, loss_of)
+            pipeline.run(batches, part_of_loss)
             records[schedule].append((time.perf_counter() - begin, pipeline.trace))
             pipeline.path.finish()
             optimizer.step()
@@ -190,7 +194,7 @@ def overhead(schedule: str, repeats: int = 50) -> tuple[float, float]:
     plain = Light()
 
     def staged() -> None:
-        pipeline.run(batches, lambda model, batch: model(batch))
+        pipeline.run(batches, lambda model, number, batch: model(batch))
         pipeline.path.finish()
 
     def directly() -> None:
