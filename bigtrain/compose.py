@@ -135,6 +135,21 @@ def build_pipeline(
     cut = _cut(model, mesh, chain, bounds, placement, dtype)
     model.to(mesh.device)
     _cast_untrained(model, dtype)
+    path = _path(model, mesh, cut, dtype, bucket_mb)
+    stages = [whole(model)]
+    if chain is not None:
+        here = [stage for stage, rank in enumerate(placement) if rank == mesh.pp.rank]
+        stages = make_stages(chain, bounds, here, cut.stage_parameters)
+    links = Links(mesh, mesh.pp)
+    table_for = _tables(schedule, mesh.pp.degree, virtual_stages)
+    every = sum(math.prod(cut.shards[n].shape) for t, n in cut.names.items() if _is_param(t))
+    return Pipeline(path, stages, mesh.pp, links, table_for, placement, every)
+
+
+def _path(
+    model: nn.Module, mesh: Mesh, cut: _Cut, dtype: torch.dtype, bucket_mb: float
+) -> GradientPath:
+    """Put what this rank trains into buckets, equal on all ranks that hold it."""
     axes = {
         holders: mesh.across_stages(holders)
         for holders in sorted({cut.holders[n] for t, n in cut.names.items() if _is_param(t)})
@@ -171,14 +186,7 @@ def build_pipeline(
         device=mesh.device,
     )
     path.equalize()
-    stages = [whole(model)]
-    if chain is not None:
-        here = [stage for stage, rank in enumerate(placement) if rank == mesh.pp.rank]
-        stages = make_stages(chain, bounds, here, cut.stage_parameters)
-    links = Links(mesh, mesh.pp)
-    table_for = _tables(schedule, mesh.pp.degree, virtual_stages)
-    every = sum(math.prod(cut.shards[n].shape) for t, n in cut.names.items() if _is_param(t))
-    return Pipeline(path, stages, mesh.pp, links, table_for, placement, every)
+    return path
 
 
 def _is_param(tensor: torch.Tensor) -> TypeGuard[nn.Parameter]:

@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from bigtrain.compose import build_pipeline
 from bigtrain.config.check import microbatches_of, schedule_of
 from bigtrain.config.schema import Config, PipelineSection
 from bigtrain.data.build import open_source
+from bigtrain.data.microbatches import Microbatch, Microbatches
 from bigtrain.data.permutation import derive_seed
 from bigtrain.data.stream import TrainStream, rank_positions, seed_everything, validation_batches
 from bigtrain.errors import BigtrainError, CheckpointError, NonFiniteError
@@ -49,36 +49,6 @@ log = logging.getLogger(__name__)
 STAGE_SEEDS = 2**40  # seeds of a stage are so far from those of the one before
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_SKIPS = 10  # skipped updates in a row after which a run is given up
-
-
-@dataclass(frozen=True)
-class _Microbatch:
-    """One microbatch of this rank: ids of its samples, tensors, and its places in the stream."""
-
-    ids: np.ndarray
-    batch: Batch
-    places: list[int]
-
-
-class _Microbatches(Sequence[Batch]):
-    """The microbatches of a step, each loaded when it is asked for, once."""
-
-    def __init__(self, load: Callable[[int], _Microbatch], number: int) -> None:
-        self._load, self._number = load, number
-        self._ready: dict[int, Batch] = {}
-        self.ids: dict[int, np.ndarray] = {}
-        self.places: dict[int, list[int]] = {}
-
-    def __len__(self) -> int:
-        return self._number
-
-    def __getitem__(self, number: Any) -> Any:
-        while len(self.ids) <= number:
-            index = len(self.ids)
-            micro = self._load(index)
-            self.ids[index], self.places[index] = micro.ids, micro.places
-            self._ready[index] = micro.batch
-        return self._ready.pop(number)
 
 
 class Trainer:
@@ -169,7 +139,7 @@ class Trainer:
         begin = time.perf_counter()
         nominal = self.config.train.global_batch * self.source.items_per_sample
         totals = torch.zeros(4, dtype=torch.float64, device=self.mesh.device)
-        micros = _Microbatches(self._next_microbatch, self.num_microbatches)
+        micros = Microbatches(self._next_microbatch, self.num_microbatches)
         losses: dict[int, torch.Tensor] = {}
         summing: list[Pending] = []
 
@@ -230,7 +200,7 @@ class Trainer:
         """How many ranks of the world count the same losses: those of one last stage."""
         return self.mesh.world.degree // (self.mesh.dp.degree * self.mesh.pp.degree)
 
-    def _next_microbatch(self, number: int) -> _Microbatch:
+    def _next_microbatch(self, number: int) -> Microbatch:
         dp, seed = self.mesh.dp, self.config.run.seed
         if self._stream is None:
             self._stream = TrainStream(
@@ -246,7 +216,7 @@ class Trainer:
             )
         ids, batch = self._stream.next()
         places = rank_positions(self.cursor, number, self.microbatch, dp.rank, dp.degree).tolist()
-        return _Microbatch(ids, self._to_device(batch), places)
+        return Microbatch(ids, self._to_device(batch), places)
 
     def _seed(self, stage: int, places: Sequence[int], forward: bool) -> None:
         """Seed what the model will draw for a microbatch, before a forward and a backward.
