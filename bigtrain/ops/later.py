@@ -107,3 +107,8 @@ def give(later: Later | None, param: nn.Parameter, compute: Compute) -> torch.Te
 def _can_wait(weight: torch.Tensor) -> bool:
     is_param = isinstance(weight, nn.Parameter) and weight.is_leaf
     return is_param and (not weight.requires_grad or not weight._backward_hooks)
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """Return x as a matrix, one row a token; there may be no rows, and no columns."""
+    return x.flatten(0, -2) if x.ndim > 1 else x[None]

@@ -20,7 +20,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
-from bigtrain.ops.later import Compute, Later, Product, give, later_for, leaving_to
+from bigtrain.ops.later import Compute, Later, Product, give, later_for, leaving_to, rows
 
 Root = torch.Tensor | GradientEdge
 
@@ -80,10 +80,10 @@ class _Linear(torch.autograd.Function):
             by_input = grad @ (weight.T if ctx.transposed else weight)
 
         def by_weight() -> Product:
-            by_row, rows = _rows(grad), _rows(x)
-            return Product(rows.T, by_row) if ctx.transposed else Product(by_row.T, rows)
+            left, right = rows(grad), rows(x)
+            return Product(right.T, left) if ctx.transposed else Product(left.T, right)
 
-        return by_input, *_both(ctx, by_weight, lambda: _rows(grad).sum(0)), None, None
+        return by_input, *_both(ctx, by_weight, lambda: rows(grad).sum(0)), None, None
 
 
 class _Convolution(torch.autograd.Function):
@@ -134,10 +134,6 @@ def _both(
         )
     ]
     return grads[0], grads[1]
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.flatten(0, -2) if x.ndim > 1 else x[None]
 
 
 class _Replace(TorchFunctionMode):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from bigtrain.comm.collectives import Pending, start_all_reduce
 from bigtrain.comm.mesh import Axis
-from bigtrain.ops.later import Product, give, later_for
+from bigtrain.ops.later import Product, give, later_for, rows
 from bigtrain.tensor.regions import first_order, start_gather_sequence, start_scatter_sum
 
 
@@ -148,10 +148,10 @@ class RowProduct(torch.autograd.Function):
         y = x.new_empty((*x.shape[:-1], len(weight)))
         pending = []
         for part, out in zip(parts, y.chunk(num_chunks), strict=True):
-            rows = _rows(out)
-            torch.mm(_rows(part), weight.T, out=rows)
+            matrix = rows(out)
+            torch.mm(rows(part), weight.T, out=matrix)
             if bias is not None:
-                rows.tensor_split(axis.degree)[axis.rank].add_(bias)
+                matrix.tensor_split(axis.degree)[axis.rank].add_(bias)
             pending.append(start_all_reduce(out, axis, "all_reduce of activations"))
         for each in pending:
             each.wait()
@@ -172,13 +172,8 @@ class RowProduct(torch.autograd.Function):
 
 
 def _weight_grad(grad: torch.Tensor, x: torch.Tensor) -> Product:
-    return Product(_rows(grad).T, _rows(x))
+    return Product(rows(grad).T, rows(x))
 
 
 def _bias_grad(grad: torch.Tensor) -> torch.Tensor:
-    return _rows(grad).sum(0)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Return x as a matrix, one row a token; there may be no rows, and no columns."""
-    return x.flatten(0, -2) if x.ndim > 1 else x[None]
+    return rows(grad).sum(0)

@@ -25,6 +25,7 @@ import yaml
 
 T = TypeVar("T")
 
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PATIENCE = 40.0  # seconds that any wait may take before the test fails
 GONE = 5.0  # seconds within which a failed or killed run has no process left
@@ -315,3 +316,20 @@ def parent(pid: int) -> int:
     with contextlib.suppress(OSError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return 0
+
+
+def run_example(ranks: int, script: str, *options: str) -> str:
+    """Run an example, alone if `ranks` is 0, and return what it prints."""
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [*launcher, script, *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from runs import run_example
 
 pytestmark = pytest.mark.cluster
-ROOT = Path(__file__).parents[2]
 OWN = "examples/pipeline.py"
 TRANSFORMERS = "examples/transformers_pp.py"
 
@@ -25,23 +21,6 @@ needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None,
     reason="transformers is not installed; bigtrain does not need it, its users do",
 )
-
-
-def output(ranks: int, script: str, *options: str) -> str:
-    """Run an example, alone if `ranks` is 0, and return what it prints."""
-    launcher = [sys.executable]
-    if ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*launcher, script, *options],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def numbers(printed: str) -> dict[str, list[float]]:
@@ -67,14 +46,14 @@ def stages(printed: str) -> dict[int, str]:
 @functools.cache
 def alone(script: str) -> dict[str, list[float]]:
     """The same example in one process, where it must learn."""
-    found = numbers(output(0, script))
+    found = numbers(run_example(0, script))
     assert found["loss"][-1] < found["loss"][0] - 0.3
     return found
 
 
 @pytest.mark.parametrize(("ranks", "schedule"), [(2, "1f1b"), (4, "zb_v")])
 def test_own_model_in_own_loop(ranks: int, schedule: str) -> None:
-    printed = output(ranks, OWN, "--schedule", schedule)
+    printed = run_example(ranks, OWN, "--schedule", schedule)
     wanted, got = alone(OWN), numbers(printed)
     assert got["loss"] == pytest.approx(wanted["loss"], abs=TOLERANCE)
     assert got["gradient norm"] == pytest.approx(wanted["gradient norm"], abs=TOLERANCE)
@@ -88,7 +67,7 @@ def test_own_model_in_own_loop(ranks: int, schedule: str) -> None:
 @needs_transformers
 @pytest.mark.parametrize(("ranks", "tp"), [(2, 1), (4, 1), (4, 2)])
 def test_transformers_cut_from_outside(ranks: int, tp: int) -> None:
-    printed = output(ranks, TRANSFORMERS, "--tp", str(tp))
+    printed = run_example(ranks, TRANSFORMERS, "--tp", str(tp))
     assert numbers(printed)["loss"] == pytest.approx(alone(TRANSFORMERS)["loss"], abs=TOLERANCE)
     said = stages(printed)
     assert list(said) == list(range(ranks))

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from runs import run_example
 
 pytestmark = pytest.mark.cluster
-ROOT = Path(__file__).parents[2]
 LAYERS = "examples/tensor_parallel.py"
 TRANSFORMERS = "examples/transformers_tp.py"
 KINDS = ("llama", "qwen2", "qwen3")
@@ -30,20 +26,9 @@ needs_transformers = pytest.mark.skipif(
 
 def numbers(ranks: int, script: str, *options: str) -> dict[str, list[float]]:
     """Run an example, alone if `ranks` is 0; return the numbers that it prints, by their names."""
-    launcher = [sys.executable]
-    if ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*launcher, script, *options],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("step ")]
-    assert [line.split()[1] for line in lines] == ["10", "20", "30"], done.stdout  # by one rank
+    printed = run_example(ranks, script, *options)
+    lines = [line for line in printed.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["10", "20", "30"], printed  # by one rank
     found: dict[str, list[float]] = {}
     for line in lines:
         for name, number in re.findall(r"([a-z ]+) ([\d.]+)", line):

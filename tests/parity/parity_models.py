@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import torch.nn.functional as F
 from harness import COLLECTIVES, run_ranks
 from torch import nn
 
+from bigtrain.comm.block import NamedBlock
+from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Mesh
 from bigtrain.models import GPT, Llama
 
@@ -205,6 +209,37 @@ class PlainMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         inner = self.activation(self.up(x) if self.gate is None else self.gate(x))
         return self.down(self.dropout(inner if self.gate is None else inner * self.up(x)))
+
+
+# -- what is compared -------------------------------------------------------------------------
+
+
+def own_blocks(path: GradientPath) -> list[NamedBlock]:
+    """Return copies of this rank's blocks of the parameters."""
+    blocks = path.blocks("", [segment.main_params for segment in path.segments()])
+    return [replace(block, tensor=block.tensor.clone()) for block in blocks]
+
+
+def assemble(ranks: Iterable[list[NamedBlock]]) -> dict[str, torch.Tensor]:
+    """Put full tensors together, and see that every element is there as often as blocks say."""
+    full: dict[str, torch.Tensor] = {}
+    cover: dict[str, torch.Tensor] = {}
+    for block in (block for blocks in ranks for block in blocks):
+        whole = full.setdefault(block.name, torch.full(block.shape, math.nan))
+        counts = cover.setdefault(block.name, torch.zeros(block.shape))
+        before = counts[block.block.slices]
+        if before.any():
+            assert torch.equal(whole[block.block.slices], block.tensor), block.name
+        whole[block.block.slices] = block.tensor
+        before += 1 / block.num_replicas
+    for name, counts in cover.items():
+        torch.testing.assert_close(counts, torch.ones_like(counts), msg=name)
+    return full
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor, floor: float) -> float:
+    assert got.shape == wanted.shape
+    return float((got - wanted).norm() / wanted.norm().clamp(min=floor))
 
 
 # -- many cases in one world ------------------------------------------------------------------

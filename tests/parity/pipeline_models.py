@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from parity_models import EPS, VOCAB
+from parity_models import EPS, VOCAB, own_blocks, relative_error
 from torch import nn
 
-from bigtrain.comm.block import NamedBlock
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Mesh
 from bigtrain.compose import build_pipeline
@@ -209,14 +207,6 @@ def named_gradients(path: GradientPath) -> dict[str, torch.Tensor]:
     }
 
 
-def own_blocks(path: GradientPath) -> list[NamedBlock]:
-    blocks = path.blocks("", [segment.main_params for segment in path.segments()])
-    return [
-        NamedBlock(b.name, b.shape, b.block, b.tensor.clone(), b.replica, b.num_replicas)
-        for b in blocks
-    ]
-
-
 def one_step(
     pipeline: Pipeline, micros: Sequence[Any], loss_of: Callable[[Any, Any], torch.Tensor]
 ) -> dict[str, Any]:
@@ -232,28 +222,6 @@ def ready() -> None:
 
 
 # -- what is compared -------------------------------------------------------------------------
-
-
-def assemble(ranks: Iterable[list[NamedBlock]]) -> dict[str, torch.Tensor]:
-    """Put full tensors together, and see that every element is there as often as blocks say."""
-    full: dict[str, torch.Tensor] = {}
-    cover: dict[str, torch.Tensor] = {}
-    for block in (block for blocks in ranks for block in blocks):
-        whole = full.setdefault(block.name, torch.full(block.shape, math.nan))
-        counts = cover.setdefault(block.name, torch.zeros(block.shape))
-        before = counts[block.block.slices]
-        if before.any():
-            assert torch.equal(whole[block.block.slices], block.tensor), block.name
-        whole[block.block.slices] = block.tensor
-        before += 1 / block.num_replicas
-    for name, counts in cover.items():
-        torch.testing.assert_close(counts, torch.ones_like(counts), msg=name)
-    return full
-
-
-def relative_error(got: torch.Tensor, wanted: torch.Tensor, floor: float) -> float:
-    assert got.shape == wanted.shape
-    return float((got - wanted).norm() / wanted.norm().clamp(min=floor))
 
 
 def assert_gradients(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
-from parity_models import BATCH, EPS, MODELS, global_batches, gpt, plain_run
+from parity_models import BATCH, EPS, MODELS, global_batches, gpt, plain_run, relative_error
 from torch import nn
 
 from bigtrain.comm.mesh import Mesh
@@ -61,10 +61,6 @@ def train(mesh: Mesh, name: str, num_micro: int, bucket_mb: float, dtype: torch.
 def digest(params: dict[str, torch.Tensor]) -> str:
     content = b"".join(params[name].numpy().tobytes() for name in sorted(params))
     return hashlib.sha256(content).hexdigest()
-
-
-def relative_error(got: torch.Tensor, wanted: torch.Tensor, floor: float) -> float:
-    return float((got - wanted).norm() / wanted.norm().clamp(min=floor))
 
 
 def assert_same_training(ranks: list[dict[str, Any]], plain: dict[str, Any]) -> None:

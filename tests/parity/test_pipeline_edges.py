@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from parity_models import survey
-from pipeline_models import batches_of, gpt, language_loss, plain_gradients, relative_error, shown
+from parity_models import relative_error, survey
+from pipeline_models import batches_of, gpt, language_loss, plain_gradients, shown
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,

@@ -18,22 +18,27 @@ from typing import Any
 
 import pytest
 import torch
-from parity_models import EPS, VOCAB, plain_run, survey
+from parity_models import (
+    EPS,
+    VOCAB,
+    assemble,
+    own_blocks,
+    plain_run,
+    relative_error,
+    survey,
+)
 from pipeline_models import (
     BATCH,
     LENGTH,
     MODELS,
     Batch,
     Way,
-    assemble,
     assert_gradients,
     batches_of,
     gpt,
     language_loss,
     named_gradients,
     odd_table,
-    own_blocks,
-    relative_error,
     shares,
     shown,
     train,

@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import run_ranks
-from pipeline_models import gpt, llama, relative_error
+from parity_models import relative_error
+from pipeline_models import gpt, llama
 from torch import nn
 from torch.nn.utils import parametrizations
 

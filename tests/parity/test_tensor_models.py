@@ -9,8 +9,7 @@ shows as 1e-1 and more.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,15 @@ from parity_models import (
     TENSOR_MODELS,
     PlainAttention,
     PlainMLP,
+    assemble,
     global_batches,
+    own_blocks,
     plain_run,
+    relative_error,
     survey,
 )
 from torch import nn
 
-from bigtrain.comm.block import NamedBlock
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Group, Mesh
 from bigtrain.compose import parallelize
@@ -108,14 +109,6 @@ def seeds_of(step: int) -> list[int]:
     return [1000 * step + sample for sample in range(BATCH)]
 
 
-def own_blocks(path: GradientPath) -> list[NamedBlock]:
-    blocks = path.blocks("", [segment.main_params for segment in path.segments()])
-    return [
-        NamedBlock(b.name, b.shape, b.block, b.tensor.clone(), b.replica, b.num_replicas)
-        for b in blocks
-    ]
-
-
 def divergence(path: GradientPath, model: nn.Module, mesh: Mesh) -> tuple[list[str], list[str]]:
     """What find_divergence says of good replicas, and after the last rank has changed one."""
     good = find_divergence(own_blocks(path), mesh.world)
@@ -126,28 +119,6 @@ def divergence(path: GradientPath, model: nn.Module, mesh: Mesh) -> tuple[list[s
 
 
 # -- what is compared -------------------------------------------------------------------------
-
-
-def assemble(ranks: Iterable[list[NamedBlock]]) -> dict[str, torch.Tensor]:
-    """Put full tensors together, and see that every element is there as often as blocks say."""
-    full: dict[str, torch.Tensor] = {}
-    cover: dict[str, torch.Tensor] = {}
-    for block in (block for blocks in ranks for block in blocks):
-        whole = full.setdefault(block.name, torch.full(block.shape, math.nan))
-        counts = cover.setdefault(block.name, torch.zeros(block.shape))
-        before = counts[block.block.slices]
-        if before.any():
-            assert torch.equal(whole[block.block.slices], block.tensor), block.name
-        whole[block.block.slices] = block.tensor
-        before += 1 / block.num_replicas
-    for name, counts in cover.items():
-        torch.testing.assert_close(counts, torch.ones_like(counts), msg=name)
-    return full
-
-
-def relative_error(got: torch.Tensor, wanted: torch.Tensor, floor: float) -> float:
-    assert got.shape == wanted.shape
-    return float((got - wanted).norm() / wanted.norm().clamp(min=floor))
 
 
 def assert_same_training(ranks: list[dict[str, Any]], plain: dict[str, Any]) -> None:

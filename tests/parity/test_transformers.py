@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from parity_models import EPS, VOCAB
+from parity_models import EPS, VOCAB, relative_error
 from torch import nn
 
 from bigtrain import SGD, apply_tensor_parallel, parallelize
@@ -109,10 +109,6 @@ def split(mesh: Mesh, group: Group, kind: str, changes: dict[str, Any]) -> nn.Mo
     model = build(kind, seed=5 if first else 99, **changes)
     assert apply_tensor_parallel(model, None, group) is model
     return model
-
-
-def relative_error(got: torch.Tensor, wanted: torch.Tensor, floor: float) -> float:
-    return float((got - wanted).norm() / wanted.norm().clamp(min=floor))
 
 
 def own_part(shards: dict[str, Shard], name: str, full: torch.Tensor) -> torch.Tensor:
