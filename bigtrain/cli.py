@@ -94,6 +94,15 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def doctor() -> None:
+    """Tell what this machine has, and who does each operation here: a kernel, or torch."""
+    from bigtrain.ops.report import doctor_lines
+
+    for line in doctor_lines():
+        typer.echo(line)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of configs, for editors."""
     import json

@@ -64,6 +64,13 @@ class Bucket:
     params: torch.Tensor
     main_params: torch.Tensor
     main_grads: torch.Tensor
+    rounded: bool = False  # by who updated `main_params`, in the same pass
+
+    def round(self) -> None:
+        """Let `params` be `main_params` in the model's dtype."""
+        if self.params is not self.main_params and not self.rounded:
+            self.params.copy_(self.main_params)
+        self.rounded = False
 
     @property
     def numel(self) -> int:
@@ -98,6 +105,13 @@ class Segment:
     @property
     def main_grads(self) -> torch.Tensor:
         return self.bucket.main_grads[self.start : self.stop]
+
+    @property
+    def low_params(self) -> torch.Tensor | None:
+        """What the model computes with, if that is not `main_params` itself."""
+        if self.bucket.params is self.bucket.main_params:
+            return None
+        return self.bucket.params[self.start : self.stop]
 
 
 def check_trainable(model: nn.Module) -> None:

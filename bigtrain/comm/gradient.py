@@ -22,7 +22,9 @@ from bigtrain.comm.collectives import all_reduce, broadcast
 from bigtrain.comm.mesh import Axis
 from bigtrain.comm.sync import GradientSync
 from bigtrain.errors import BigtrainError
+from bigtrain.ops.grad_norm import grad_norm
 from bigtrain.ops.later import Gradient, Product
+from bigtrain.ops.op import Kernels
 
 
 class _State(enum.Enum):
@@ -78,8 +80,7 @@ class GradientPath:
         """Give every rank the parameters (frozen ones too) and buffers of the axis's first rank."""
         for bucket in self.buckets:
             broadcast(bucket.main_params, bucket.axis, f"broadcast of bucket {bucket.index}")
-            if bucket.params is not bucket.main_params:
-                bucket.params.copy_(bucket.main_params)
+            bucket.round()
         for name, param in self.model.named_parameters():
             if not param.requires_grad:
                 axis = self.axis_of(self.names.get(param, name))
@@ -188,15 +189,17 @@ class GradientPath:
         """Return what this rank's optimizer updates: flat stretches of one kind."""
         return [s for bucket in self.buckets for s in bucket.segments(*self.sync.owned(bucket))]
 
-    def grad_norm(self) -> torch.Tensor:
+    def grad_norm(self, kernels: Kernels = "auto") -> torch.Tensor:
         """Return the 2-norm of the finished gradient over all parameters, a scalar.
 
         What several ranks hold counts once. Communicates one number over each axis that splits
         the model.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for segment in self.segments():
-            total += _sum_of_squares(segment.main_grads) / segment.num_replicas
+        segments = self.segments()
+        for replicas in dict.fromkeys(segment.num_replicas for segment in segments):
+            alike = [s.main_grads for s in segments if s.num_replicas == replicas]
+            total += grad_norm(alike, kernels=kernels).squares / replicas
         total = self.sync.sum_over_owners(total)
         for axis in self.model_axes:
             all_reduce(total, axis, "all_reduce of the gradient norm")
@@ -301,14 +304,3 @@ class GradientPath:
             for buffer, part in zip(same, flat.split([b.numel() for b in same]), strict=True):
                 buffer.copy_(part.view(buffer.shape))
         self._published = [buffer.clone() for buffer in buffers]
-
-
-def _sum_of_squares(flat: torch.Tensor) -> torch.Tensor:
-    """Return the sum of squares in fp64, of parts that are short enough for fp32.
-
-    One long fp32 sum is off by 3e-5 for two million elements, and by another error for half of
-    them, so that layouts would clip by different norms.
-    """
-    long = flat.numel() // 1024 * 1024
-    parts = torch.linalg.vector_norm(flat[:long].view(-1, 1024), dim=1).double().square().sum()
-    return parts + torch.linalg.vector_norm(flat[long:]).double().square()

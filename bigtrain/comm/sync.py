@@ -68,8 +68,7 @@ class Replicated:
         return 0, bucket.numel
 
     def publish(self, bucket: Bucket) -> None:
-        if bucket.params is not bucket.main_params:
-            bucket.params.copy_(bucket.main_params)
+        bucket.round()
 
     def replica(self) -> tuple[int, int]:
         return self.axis.rank, self.axis.degree

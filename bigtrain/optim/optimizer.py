@@ -1,4 +1,4 @@
-"""AdamW and SGD on flat segments, one fused pass each (torch's fused kernels, CPU and CUDA)."""
+"""AdamW and SGD on flat segments, one fused pass each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import nn
 
 from bigtrain.comm.buckets import Segment
 from bigtrain.config.schema import AdamwOptimizer, SgdOptimizer
+from bigtrain.ops.op import Kernels
+from bigtrain.ops.optimizer import adamw_, sgd_
 
 DECAY, NO_DECAY = "decay", "no_decay"
 
@@ -22,13 +24,17 @@ def decay_kind(name: str, param: nn.Parameter) -> str:
 class Optimizer(ABC):
     """Updates the main parameters of `segments` from their main gradients, in place, on this rank.
 
+    What the model computes with, if that is of a lower precision, is written in the same pass.
     Nothing is communicated. `moments` holds, by name, one flat fp32 tensor per segment.
     """
 
-    def __init__(self, segments: Iterable[Segment], lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, segments: Iterable[Segment], lr: float, weight_decay: float, kernels: Kernels
+    ) -> None:
         self.segments = list(segments)
         self.lr = lr
         self.weight_decay = weight_decay
+        self.kernels: Kernels = kernels
         self.num_updates = 0
         self.moments: dict[str, list[torch.Tensor]] = {}
 
@@ -38,16 +44,21 @@ class Optimizer(ABC):
         Clipping is such a division, fused into the update: no pass over memory of its own.
         """
         self.num_updates += 1
-        for kind, decay in ((DECAY, self.weight_decay), (NO_DECAY, 0.0)):
-            chosen = [i for i, segment in enumerate(self.segments) if segment.kind == kind]
-            if chosen:
-                self._update(chosen, self.lr if lr is None else lr, decay, grad_divisor)
+        for index, segment in enumerate(self.segments):
+            decay = self.weight_decay if segment.kind == DECAY else 0.0
+            self._update(index, segment, self.lr if lr is None else lr, decay, grad_divisor)
+            segment.bucket.rounded = True
 
     @abstractmethod
     def _update(
-        self, chosen: list[int], lr: float, weight_decay: float, divisor: torch.Tensor | None
+        self,
+        index: int,
+        segment: Segment,
+        lr: float,
+        weight_decay: float,
+        divisor: torch.Tensor | None,
     ) -> None:
-        """Update the segments with these indices."""
+        """Update this segment, the one with that index."""
 
     def _zeros(self) -> list[torch.Tensor]:
         return [torch.zeros_like(segment.main_params) for segment in self.segments]
@@ -63,33 +74,33 @@ class AdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        kernels: Kernels = "auto",
     ) -> None:
-        super().__init__(segments, lr, weight_decay)
+        super().__init__(segments, lr, weight_decay, kernels)
         self.betas, self.eps = betas, eps
         self.moments = {"exp_avg": self._zeros(), "exp_avg_sq": self._zeros()}
 
     def _update(
-        self, chosen: list[int], lr: float, weight_decay: float, divisor: torch.Tensor | None
+        self,
+        index: int,
+        segment: Segment,
+        lr: float,
+        weight_decay: float,
+        divisor: torch.Tensor | None,
     ) -> None:
-        segments = [self.segments[i] for i in chosen]
-        device = segments[0].main_params.device
-        steps = torch.tensor(float(self.num_updates), device=device)
-        torch._fused_adamw_(
-            [segment.main_params for segment in segments],
-            [segment.main_grads for segment in segments],
-            [self.moments["exp_avg"][i] for i in chosen],
-            [self.moments["exp_avg_sq"][i] for i in chosen],
-            [],
-            [steps] * len(segments),
+        adamw_(
+            segment.main_params,
+            segment.main_grads,
+            self.moments["exp_avg"][index],
+            self.moments["exp_avg_sq"][index],
+            step=self.num_updates,
             lr=lr,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            weight_decay=weight_decay,
+            betas=self.betas,
             eps=self.eps,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=divisor,
-            found_inf=None,
+            weight_decay=weight_decay,
+            param=segment.low_params,
+            divisor=divisor,
+            kernels=self.kernels,
         )
 
 
@@ -103,37 +114,40 @@ class SGD(Optimizer):
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
+        kernels: Kernels = "auto",
     ) -> None:
-        super().__init__(segments, lr, weight_decay)
+        super().__init__(segments, lr, weight_decay, kernels)
         self.momentum, self.nesterov = momentum, nesterov
         self.moments = {"momentum": self._zeros()} if momentum else {}
 
     def _update(
-        self, chosen: list[int], lr: float, weight_decay: float, divisor: torch.Tensor | None
+        self,
+        index: int,
+        segment: Segment,
+        lr: float,
+        weight_decay: float,
+        divisor: torch.Tensor | None,
     ) -> None:
-        segments = [self.segments[i] for i in chosen]
-        torch._fused_sgd_(
-            [segment.main_params for segment in segments],
-            [segment.main_grads for segment in segments],
-            [self.moments["momentum"][i] for i in chosen] if self.momentum else [],
-            weight_decay=weight_decay,
-            momentum=self.momentum,
+        sgd_(
+            segment.main_params,
+            segment.main_grads,
+            self.moments["momentum"][index] if self.momentum else None,
             lr=lr,
-            dampening=0.0,
+            momentum=self.momentum,
             nesterov=self.nesterov,
-            maximize=False,
-            # With zero momentum and no dampening a first step is like any other.
-            is_first_step=False,
-            grad_scale=divisor,
-            found_inf=None,
+            weight_decay=weight_decay,
+            param=segment.low_params,
+            divisor=divisor,
+            kernels=self.kernels,
         )
 
 
 def build_optimizer(
-    segments: Iterable[Segment], config: AdamwOptimizer | SgdOptimizer
+    segments: Iterable[Segment], config: AdamwOptimizer | SgdOptimizer, kernels: Kernels = "auto"
 ) -> Optimizer:
     """Return the optimizer that `config` describes, for these segments."""
     if isinstance(config, SgdOptimizer):
-        return SGD(segments, config.lr, config.momentum, config.nesterov, config.weight_decay)
-    betas = (config.betas[0], config.betas[1])
-    return AdamW(segments, config.lr, betas, config.eps, config.weight_decay)
+        of_sgd = (config.momentum, config.nesterov, config.weight_decay)
+        return SGD(segments, config.lr, *of_sgd, kernels=kernels)
+    of_adamw = ((config.betas[0], config.betas[1]), config.eps, config.weight_decay)
+    return AdamW(segments, config.lr, *of_adamw, kernels=kernels)

@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SOURCES = {"bigtrain": ROOT / "bigtrain", "bigtrain.launch": ROOT / "launch"}
+SOURCES = {
+    "bigtrain": ROOT / "bigtrain",
+    "bigtrain.launch": ROOT / "launch",
+    "bigtrain.kernels": ROOT / "kernels",
+}
 
 LEVELS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "errors config factory lifetime machine run_folder",
+        "errors config factory kernels lifetime machine run_folder",
         "comm ops",
         "tensor pipeline zero onebit server optim",
         "models data checkpoint observe export plan",
