@@ -31,6 +31,7 @@ from bigtrain.observe.jsonl import JsonLines, forget_after
 from bigtrain.observe.metrics import Metrics
 from bigtrain.observe.progress import make_display, setup_logging
 from bigtrain.observe.records import EvalRecord, StepRecord
+from bigtrain.ops.library import library_of
 from bigtrain.run_folder import RunFolder, begin, explained_io, open_run
 from bigtrain.trainer import Trainer
 
@@ -50,6 +51,8 @@ def run(
     config = load_config(config_path, overrides, world.world_size)
     device = choose_device(config.run.device, world)
     _configure_torch(config, world, device)
+    if config.run.kernels != "off":
+        _find_kernels(device, quiet=world.rank > 0)
     join(world, device, START_TIMEOUT_SECONDS)
     mesh = Mesh.build(layout_of(config, world.world_size), world, device)
     with _run_folder(config, resume, restart, mesh, launched) as folder:
@@ -74,6 +77,12 @@ def _configure_torch(config: Config, world: World, device: torch.device) -> None
         torch.use_deterministic_algorithms(True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def _find_kernels(device: torch.device, *, quiet: bool) -> None:
+    """Load the library now, since building it takes a while; one rank says if there is none."""
+    logging.getLogger("bigtrain.ops.library").setLevel(logging.ERROR if quiet else logging.INFO)
+    library_of(device)
 
 
 @contextmanager

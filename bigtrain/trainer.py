@@ -76,7 +76,10 @@ class Trainer:
         vocab_size = getattr(config.model, "vocab_size", None)
         self.source = open_source(config.data, vocab_size, mesh)
         seed_everything(config.run.seed)
-        self.model = together(lambda: build_model(config.model), mesh.world, "building the model")
+        kernels = config.run.kernels
+        self.model = together(
+            lambda: build_model(config.model, kernels), mesh.world, "building the model"
+        )
         self.loss_of = together(lambda: build_loss(config.model), mesh.world, "finding the loss")
         self.pipeline = build_pipeline(
             self.model,
@@ -94,7 +97,7 @@ class Trainer:
             bucket_mb=config.parallel.bucket_mb,
         )
         self.path = self.pipeline.path
-        self.optimizer = build_optimizer(self.path.segments(), config.optimizer)
+        self.optimizer = build_optimizer(self.path.segments(), config.optimizer, config.run.kernels)
         self._draws_per_sample = any(isinstance(m, Dropout) for m in self.model.modules())
         self._stream: TrainStream | None = None
 
@@ -170,7 +173,7 @@ class Trainer:
 
         # Losses were weighted as if there were `nominal` items; `correction` makes that right.
         correction = items / nominal if items > 0 else 1.0
-        norm = float(self.path.grad_norm()) / correction
+        norm = float(self.path.grad_norm(self.config.run.kernels)) / correction
         rate = learning_rate(
             self.config.schedule, self.optimizer.lr, self.step, self.config.train.steps
         )

@@ -259,7 +259,7 @@ def cached(target: Target) -> Path:
 def build_cached(target: Target) -> Path:
     """Return the library of `target`, built into the cache if it is not there.
 
-    Of several processes that want it, one builds and the others wait.
+    Of several processes that want it, one builds and the others wait; if it fails, for all of them.
 
     Raises:
         BuildError: it cannot be built, or another process takes too long over it.
@@ -273,10 +273,18 @@ def build_cached(target: Target) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BuildError(f"{path.parent} cannot be written: {error}") from error
+    failed, began = path.parent / "failed", time.time()
     with _locked(path.parent / "lock"):
-        if not path.exists():
+        if path.exists():
+            return path
+        if failed.exists() and failed.stat().st_mtime >= began:  # while this one waited
+            raise BuildError(failed.read_text())
+        try:
             build([target], path.parent)
-            _forget_old(target)
+        except BuildError as error:
+            failed.write_text(str(error))
+            raise
+        _forget_old(target)
     return path
 
 

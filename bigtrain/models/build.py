@@ -15,6 +15,7 @@ from bigtrain.errors import BigtrainError
 from bigtrain.factory import call_factory, import_function
 from bigtrain.models.gpt import GPT
 from bigtrain.models.llama import Llama
+from bigtrain.ops.op import Kernels
 
 Batch = Mapping[str, torch.Tensor]
 LossFunction = Callable[[nn.Module, Batch], "Loss"]
@@ -55,8 +56,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def build_model(config: GptModel | LlamaModel | FactoryModel) -> nn.Module:
+def build_model(
+    config: GptModel | LlamaModel | FactoryModel, kernels: Kernels = "auto"
+) -> nn.Module:
     """Return the module on the CPU, initialised from torch's default generator.
+
+    kernels: who computes in a gpt or llama; a factory's model decides for itself.
 
     Raises:
         BigtrainError: the factory cannot be imported, fails, or returns no module.
@@ -71,7 +76,7 @@ def build_model(config: GptModel | LlamaModel | FactoryModel) -> nn.Module:
             )
         return model
     kind: type[GPT] | type[Llama] = GPT if isinstance(config, GptModel) else Llama
-    return kind(**config.model_dump(exclude={"kind"}))
+    return kind(**config.model_dump(exclude={"kind"}), kernels=kernels)
 
 
 def build_loss(config: GptModel | LlamaModel | FactoryModel) -> LossFunction:

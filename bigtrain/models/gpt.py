@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from bigtrain.models.loss import NextTokenLoss
+from bigtrain.ops.activations import bias_gelu
 from bigtrain.ops.dropout import Dropout
+from bigtrain.ops.norms import LayerNorm
+from bigtrain.ops.op import Kernels
 from bigtrain.pipeline.layer import Layer
 from bigtrain.tensor.plan import Plan, Style
 
@@ -34,36 +37,40 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers, four times as wide inside, GELU between."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels: Kernels = kernels
         self.up = nn.Linear(hidden_size, 4 * hidden_size)
         self.down = nn.Linear(4 * hidden_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(bias_gelu(self.up(x), approximate="tanh", kernels=self.kernels))
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); dropout on both branches."""
 
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, dropout: float, kernels: Kernels = "auto"
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size)
+        self.norm1 = LayerNorm(hidden_size, kernels=kernels)
         self.attention = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size)
-        self.mlp = MLP(hidden_size)
-        self.dropout1, self.dropout2 = Dropout(dropout), Dropout(dropout)
+        self.norm2 = LayerNorm(hidden_size, kernels=kernels)
+        self.mlp = MLP(hidden_size, kernels)
+        self.dropout1 = Dropout(dropout, kernels=kernels)
+        self.dropout2 = Dropout(dropout, kernels=kernels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.think(self.attend(x))
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         """Return the first half of forward."""
-        return x + self.dropout1(self.attention(self.norm1(x)))
+        return self.dropout1(self.attention(self.norm1(x)), x)
 
     def think(self, x: torch.Tensor) -> torch.Tensor:
         """Return the second half of forward."""
-        return x + self.dropout2(self.mlp(self.norm2(x)))
+        return self.dropout2(self.mlp(self.norm2(x)), x)
 
     def layers(self, name: str) -> list[Layer]:
         """Return this block, called `name`, as two layers of a chain."""
@@ -91,19 +98,20 @@ class GPT(nn.Module):
         num_heads: int = 4,
         dropout: float = 0.0,
         tie_embeddings: bool = True,
+        kernels: Kernels = "auto",
     ) -> None:
         super().__init__()
         self.max_seq_len, self.num_heads = max_seq_len, num_heads
         self.token_embedding = nn.Embedding(vocab_size, hidden_size)
         self.position_embedding = nn.Embedding(max_seq_len, hidden_size)
-        self.dropout = Dropout(dropout)
+        self.dropout = Dropout(dropout, kernels=kernels)
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, dropout) for _ in range(num_layers)
+            Block(hidden_size, num_heads, dropout, kernels) for _ in range(num_layers)
         )
-        self.norm = nn.LayerNorm(hidden_size)
+        self.norm = LayerNorm(hidden_size, kernels=kernels)
         self.head = nn.Linear(hidden_size, vocab_size, bias=False)
         self.logits = nn.Identity()  # tensor parallelism puts them together here
-        self.loss = NextTokenLoss()
+        self.loss = NextTokenLoss(kernels=kernels)
         self.apply(self._init)
         for name, param in self.named_parameters():
             if name.endswith(("proj.weight", "down.weight")):

@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from bigtrain.models.loss import NextTokenLoss
+from bigtrain.ops.activations import swiglu
+from bigtrain.ops.norms import RMSNorm
+from bigtrain.ops.op import Kernels
+from bigtrain.ops.rotary import rotary
 from bigtrain.pipeline.layer import Layer
 from bigtrain.tensor.plan import Plan, Style
 
@@ -25,18 +29,14 @@ def rotary_table(max_seq_len: int, head_size: int, theta: float) -> torch.Tensor
     return torch.stack((angles.cos(), angles.sin())).float()
 
 
-def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turn each pair of channels (i, i + D/2) of x [B, H, T, D] by its position's angle."""
-    cos, sin = table[:, : x.shape[2]].to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 class Attention(nn.Module):
     """Causal self-attention whose keys and values have fewer heads than its queries."""
 
-    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, num_kv_heads: int, kernels: Kernels = "auto"
+    ) -> None:
         super().__init__()
+        self.kernels: Kernels = kernels
         self.head_size = hidden_size // num_heads
         self.q = nn.Linear(hidden_size, num_heads * self.head_size, bias=False)
         self.k = nn.Linear(hidden_size, num_kv_heads * self.head_size, bias=False)
@@ -48,36 +48,42 @@ class Attention(nn.Module):
             return y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
         q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))  # [B, H or K, T, D]
-        y = F.scaled_dot_product_attention(
-            rotate(q, table), rotate(k, table), v, is_causal=True, enable_gqa=True
-        )
+        q, k = (rotary(t, table, seq_dim=2, kernels=self.kernels) for t in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, hidden_size: int, mlp_size: int) -> None:
+    def __init__(self, hidden_size: int, mlp_size: int, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels: Kernels = kernels
         self.gate = nn.Linear(hidden_size, mlp_size, bias=False)
         self.up = nn.Linear(hidden_size, mlp_size, bias=False)
         self.down = nn.Linear(mlp_size, hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(swiglu(self.gate(x), self.up(x), kernels=self.kernels))
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
-        self, hidden_size: int, num_heads: int, num_kv_heads: int, mlp_size: int, norm_eps: float
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        mlp_size: int,
+        norm_eps: float,
+        kernels: Kernels = "auto",
     ) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.attention = Attention(hidden_size, num_heads, num_kv_heads)
-        self.norm2 = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.mlp = MLP(hidden_size, mlp_size)
+        self.norm1 = RMSNorm(hidden_size, eps=norm_eps, kernels=kernels)
+        self.attention = Attention(hidden_size, num_heads, num_kv_heads, kernels)
+        self.norm2 = RMSNorm(hidden_size, eps=norm_eps, kernels=kernels)
+        self.mlp = MLP(hidden_size, mlp_size, kernels)
 
     def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         return self.think(self.attend(x, table))
@@ -120,6 +126,7 @@ class Llama(nn.Module):
         rope_theta: float = 10000.0,
         norm_eps: float = 1e-5,
         tie_embeddings: bool = False,
+        kernels: Kernels = "auto",
     ) -> None:
         super().__init__()
         self.max_seq_len = max_seq_len
@@ -127,13 +134,13 @@ class Llama(nn.Module):
         mlp_size = mlp_size or -(-hidden_size * 8 // 3 // 32) * 32
         self.token_embedding = nn.Embedding(vocab_size, hidden_size)
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, self.num_kv_heads, mlp_size, norm_eps)
+            Block(hidden_size, num_heads, self.num_kv_heads, mlp_size, norm_eps, kernels)
             for _ in range(num_layers)
         )
-        self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.norm = RMSNorm(hidden_size, eps=norm_eps, kernels=kernels)
         self.head = nn.Linear(hidden_size, vocab_size, bias=False)
         self.logits = nn.Identity()  # tensor parallelism puts them together here
-        self.loss = NextTokenLoss()
+        self.loss = NextTokenLoss(kernels=kernels)
         for name, param in self.named_parameters():
             if param.ndim >= 2:
                 branch_end = name.endswith(("proj.weight", "down.weight"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from bigtrain.ops.cross_entropy import cross_entropy
+from bigtrain.ops.op import Kernels
 
 
 class NextTokenLoss(nn.CrossEntropyLoss):
@@ -15,5 +17,9 @@ class NextTokenLoss(nn.CrossEntropyLoss):
 
     over_last_dim = True  # so that tensor parallelism knows what it computes
 
+    def __init__(self, *, kernels: Kernels = "auto") -> None:
+        super().__init__()
+        self.kernels = kernels
+
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return cross_entropy(logits.flatten(0, 1), targets.flatten(), kernels=self.kernels)

@@ -1,1 +1,1 @@
-"""Operations below the techniques: what a kernel may one day do faster, in plain torch."""
+"""Operations: a kernel where it wins, and plain torch, which is its meaning and its fallback."""

@@ -50,9 +50,7 @@ class Library:
         self.path = path
         self.functions: dict[str, Callable[..., Any]] = {}
         for name, (result, parameters) in prototypes().items():
-            function = getattr(handle, name, None)  # TEMPORARY: while functions are being written
-            if function is None:
-                continue
+            function = getattr(handle, name)
             function.restype, function.argtypes = result, parameters
             self.functions[name] = function
         self.key = self.functions["bt_key"]().decode()

@@ -90,11 +90,13 @@ class Op:
             torch.library.register_autograd(
                 full, backward, setup_context=setup_context, lib=_NAMESPACE
             )
-            members = {
-                "forward": staticmethod(self.run),
-                "setup_context": staticmethod(setup_context),
-                "backward": staticmethod(backward),
-            }
+
+            def forward(ctx: Any, *args: Any) -> Any:  # a setup_context costs a signature a call
+                output = self.run(*args)
+                setup_context(ctx, args, output)
+                return output
+
+            members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
             self._function = type(self.name, (torch.autograd.Function,), members)
         self.registered = getattr(torch.ops.bigtrain, self.name)
 

@@ -15,6 +15,7 @@ from bigtrain.comm.collectives import broadcast
 from bigtrain.comm.mesh import Axis, Group
 from bigtrain.errors import BigtrainError
 from bigtrain.ops.dropout import Dropout
+from bigtrain.ops.op import Kernels
 from bigtrain.tensor.embedding import VocabParallelEmbedding
 from bigtrain.tensor.linear import ColumnParallelLinear, RowParallelLinear, SharedInput
 from bigtrain.tensor.loss import VocabParallelCrossEntropy
@@ -313,6 +314,7 @@ def _vocab(module: nn.Module, style: Style, site: _Site, entrance: SharedInput) 
         label_smoothing=module.label_smoothing,
         ignore_index=module.ignore_index,
         reduction=module.reduction,
+        kernels=getattr(module, "kernels", "auto"),
     )
 
 
@@ -354,7 +356,8 @@ def _unscatter(module: nn.Module, style: Style, site: _Site, entrance: SharedInp
 
 def _split_dropout(module: nn.Dropout | Dropout, dim: int, axis: Axis) -> nn.Module:
     # torch's dropout draws from the default generator, which is the same on all ranks of a group.
-    new = Dropout(module.p, per_sample=isinstance(module, Dropout))
+    kernels: Kernels = getattr(module, "kernels", "auto")
+    new = Dropout(module.p, per_sample=isinstance(module, Dropout), kernels=kernels)
     new.layer = getattr(module, "layer", None)
     new.split(dim, axis.rank, axis.degree)
     return new.train(module.training)

@@ -13,6 +13,8 @@ from torch import nn
 from bigtrain.comm.collectives import start_all_gather
 from bigtrain.comm.mesh import Axis, Group
 from bigtrain.errors import BigtrainError
+from bigtrain.ops.cross_entropy import cross_entropy_grad, cross_entropy_parts
+from bigtrain.ops.op import Kernels
 from bigtrain.tensor.embedding import refuse_outside
 from bigtrain.tensor.regions import first_order
 from bigtrain.tensor.split import even_split
@@ -31,50 +33,41 @@ class _CrossEntropy(torch.autograd.Function):
         smoothing: float,
         z_loss: float,
         ignore_index: int,
+        kernels: Kernels,
     ) -> torch.Tensor:
         start, stop = even_split(vocab_size, axis.degree, axis.rank)
         valid = targets != ignore_index
         mine = valid & (targets >= start) & (targets < stop)
-        own = (targets - start).masked_fill(~mine, 0)[:, None]
-        x = logits.float()
-        if stop > start:
-            # Of a row that is all -inf (words that are masked out) the sum is zero, not NaN.
-            most = x.amax(-1).clamp(min=torch.finfo(torch.float32).min)
-            total = (x - most[:, None]).exp_().sum(-1)
-            wanted = x.gather(-1, own)[:, 0].masked_fill(~mine, 0.0)
-        else:  # more ranks than words
-            most = x.new_full((len(x),), torch.finfo(torch.float32).min)
-            total = x.new_zeros(len(x))
-            wanted = x.new_zeros(len(x))
-        numbers = [most, total, wanted] + [x.sum(-1)] * (smoothing > 0)
+        own = torch.where(mine, targets - start, -1)
+        parts = cross_entropy_parts(logits, own, with_sum=smoothing > 0, kernels=kernels)
+        numbers = [number.float() for number in parts if number is not None]
         everyone = start_all_gather(torch.stack(numbers), axis, "all_gather of the loss").wait()
         highest = everyone[:, 0].amax(0)
         scaled = everyone[:, 1] * (everyone[:, 0] - highest).exp()
-        log_sum = highest + scaled.sum(0).log()
-        loss = log_sum - everyone[:, 2].sum(0)
+        rest = scaled.sum(0).log()
+        log_sum = highest + rest
+        loss = (highest - everyone[:, 2].sum(0)) + rest
         if smoothing:
-            uniform = log_sum - everyone[:, 3].sum(0) / vocab_size
+            uniform = (highest - everyone[:, 3].sum(0) / vocab_size) + rest
             loss = (1 - smoothing) * loss + smoothing * uniform
         if z_loss:
             loss = loss + z_loss * log_sum.square()
-        ctx.save_for_backward(logits, log_sum, own, mine, valid)
-        ctx.smoothing, ctx.z_loss, ctx.vocab_size = smoothing, z_loss, vocab_size
+        ctx.save_for_backward(logits, log_sum, own, valid)
+        ctx.options = {
+            "z_loss": z_loss,
+            "uniform": smoothing / vocab_size,
+            "hit": 1 - smoothing,
+            "kernels": kernels,
+        }
         return loss.masked_fill(~valid, 0.0)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        logits, log_sum, own, mine, valid = ctx.saved_tensors
+        logits, log_sum, own, valid = ctx.saved_tensors
         scale = grad.masked_fill(~valid, 0.0)
-        result = (logits.float() - log_sum[:, None]).exp_()  # this rank's part of the softmax
-        if ctx.z_loss:
-            result *= (1 + 2 * ctx.z_loss * log_sum)[:, None]
-        if ctx.smoothing:
-            result -= ctx.smoothing / ctx.vocab_size
-        if result.shape[1]:
-            result.scatter_add_(1, own, -(1 - ctx.smoothing) * mine[:, None].float())
-        result *= scale[:, None]
-        return result.to(logits.dtype), None, None, None, None, None, None
+        result = cross_entropy_grad(logits, own, log_sum, scale, **ctx.options)
+        return result, None, None, None, None, None, None, None
 
 
 def vocab_parallel_cross_entropy(
@@ -87,6 +80,7 @@ def vocab_parallel_cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    kernels: Kernels = "auto",
 ) -> torch.Tensor:
     """Return the cross entropy in nats, fp32, the same bits on all ranks of the group.
 
@@ -134,6 +128,7 @@ def vocab_parallel_cross_entropy(
         label_smoothing,
         z_loss,
         ignore_index,
+        kernels,
     )
     if reduction == "none":
         return losses.view(targets.shape)
@@ -153,11 +148,12 @@ class VocabParallelCrossEntropy(nn.Module):
         z_loss: float = 0.0,
         ignore_index: int = -100,
         reduction: str = "mean",
+        kernels: Kernels = "auto",
     ) -> None:
         super().__init__()
         self.axis, self.vocab_size = Axis.of(group), vocab_size
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
-        self.ignore_index, self.reduction = ignore_index, reduction
+        self.ignore_index, self.reduction, self.kernels = ignore_index, reduction, kernels
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return vocab_parallel_cross_entropy(
@@ -169,6 +165,7 @@ class VocabParallelCrossEntropy(nn.Module):
             z_loss=self.z_loss,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            kernels=self.kernels,
         )
 
     def extra_repr(self) -> str:

@@ -100,8 +100,9 @@ BT_API int bt_grad_norm(int64_t num_tensors, void *const *pointers, const int64_
 /* Blocks of `block` elements (a multiple of 64) from the start; the last may be short. Scales are
    fp32 or bf16 (scale_dtype), one a block; what is computed with is the rounded one. A sum over a
    block: 64 fp32 lanes, element j to lane j % 64 from first to last, then halves added to each
-   other (32, 16, ... 1). A block of x with a NaN or infinity: its scale is NaN, its bits or codes
-   are zero, and its state or residual stays. */
+   other (32, 16, ... 1). A block whose scale would not be finite, since x has a NaN or infinity or is
+   too large: its scale is NaN, its bits or codes are zero bytes, and its state, residual or replica
+   stays. */
 
 /* Signs with error feedback, the residual kept lazily: the state (v, s) stands for the residual
    e = v - copysign(s, v). v' = x + e; s' = sqrt(sum v'^2 / count) (mean_abs = 0) or

@@ -36,11 +36,41 @@ struct FP16 { uint16_t bits; };
 struct None {};  // an output that nobody wants: storing to it does nothing
 
 inline F all(float x) { return F{} + x; }
+// Numbers from `first` (up to 16) on, one a lane.
+inline I counting(int first) {
+  static constexpr int32_t number[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
+                                         11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                         22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+  I numbers;
+  memcpy(&numbers, number + first, sizeof numbers);
+  return numbers;
+}
 inline U as_bits(F x) { return (U)x; }
 inline F as_float(U x) { return (F)x; }
 inline F choose(I mask, F yes, F no) { return mask ? yes : no; }
-inline F max(F a, F b) { return a > b ? a : b; }
-inline F min(F a, F b) { return a < b ? a : b; }
+// a > b ? a : b, and a < b ? a : b: of NaN, b. (With a constant, g++ makes two instructions of that.)
+inline F max(F a, F b) {
+#if defined(__AVX512F__)
+  return (F)__builtin_ia32_maxps512_mask((__m512)a, (__m512)b, (__m512)b, -1, 4);
+#elif defined(__AVX2__)
+  return (F)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (F)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline F min(F a, F b) {
+#if defined(__AVX512F__)
+  return (F)__builtin_ia32_minps512_mask((__m512)a, (__m512)b, (__m512)b, -1, 4);
+#elif defined(__AVX2__)
+  return (F)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (F)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 inline F abs(F x) { return as_float(as_bits(x) & 0x7fffffffu); }
 inline F sqrt(F x) {
 #if defined(__AVX512F__)
@@ -151,18 +181,34 @@ template <class Body> inline void vectors(int64_t begin, int64_t end, Body body)
   if (i < end) body(i, Part{int(end - i)});
 }
 
+// As vectors, but with a number: body(number, i, lanes), 0 to 3 by turns. For sums in four variables,
+// so that an addition need not wait for the one before. What is left over has number 0.
+template <class Body> inline void fours(int64_t begin, int64_t end, Body body) {
+  int64_t i = begin;
+  for (; i + 4 * LANES <= end; i += 4 * LANES) {
+    body(0, i, Whole{});
+    body(1, i + LANES, Whole{});
+    body(2, i + 2 * LANES, Whole{});
+    body(3, i + 3 * LANES, Whole{});
+  }
+  vectors(i, end, [&](int64_t k, auto lanes) { body(0, k, lanes); });
+}
+
 // -- sums and maxima over lanes --------------------------------------------------------------------
 
-// Halves added to each other, until one is left.
-inline float sum(F x) {
+// Halves are combined with each other, until one lane is left. (A shuffle a step: g++ makes a walk
+// through memory of a loop over lanes.)
+template <class Combine> inline float fold(F x, Combine combine) {
+#pragma GCC unroll 4
   for (int width = LANES / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) x[i] += x[i + width];
+    x = combine(x, __builtin_shuffle(x, counting(width)));  // of what is behind the end, nothing counts
   return x[0];
 }
+inline float sum(F x) {
+  return fold(x, [](F a, F b) { return a + b; });
+}
 inline float largest(F x) {
-  for (int width = LANES / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
-  return x[0];
+  return fold(x, [](F a, F b) { return max(a, b); });
 }
 
 // 64 sums whatever the width of a register: element j is added to sum j % 64. The total is the same

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -223,6 +224,36 @@ def test_a_source_that_does_not_compile(tiny: build.Target, empty_cache: Path) -
         build.build_cached(tiny)
     assert "error:" in str(error.value)
     assert not build.cached(tiny).exists()
+
+
+def test_one_failure_is_enough_for_all_who_wait(
+    tiny: build.Target, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[str] = []
+
+    def fail(*args: object) -> None:
+        attempts.append("one")
+        time.sleep(0.3)
+        raise build.BuildError("this compiler is too old")
+
+    monkeypatch.setattr(build, "build", fail)
+    told: list[str] = []
+
+    def want() -> None:
+        with pytest.raises(build.BuildError) as error:
+            build.build_cached(tiny)
+        told.append(str(error.value))
+
+    threads = [threading.Thread(target=want) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert told == ["this compiler is too old"] * 4
+    assert attempts == ["one"]
+    with pytest.raises(build.BuildError):  # a later process tries again
+        build.build_cached(tiny)
+    assert len(attempts) == 2
 
 
 def test_a_cache_that_cannot_be_written(
