@@ -8,6 +8,7 @@ any machine; there, kernels are built when first wanted, or torch does their wor
     BIGTRAIN_CUDA=auto|off|require      that of CUDA, for which nvcc is needed
 """
 
+import functools
 import logging
 import shutil
 import sys
@@ -23,21 +24,32 @@ from kernels import build
 log = logging.getLogger("bigtrain")
 
 
+@functools.cache
 def wanted():
-    """Return the targets to build, those that there is a compiler for."""
-    cpu, cuda = build.wish("BIGTRAIN_KERNELS"), build.wish("BIGTRAIN_CUDA")
-    targets = []
-    for wish, some in ((cpu, build.cpu_targets()), (cuda if cpu != "off" else "off", [build.CUDA])):
+    """Return the groups of targets to build, those that there is a compiler for, and the wishes."""
+    try:
+        wishes = [build.wish(name) for name in ("BIGTRAIN_KERNELS", "BIGTRAIN_CUDA")]
+    except build.BuildError as error:
+        raise SystemExit(f"error: {error}") from None
+    if wishes[0] == "off":
+        wishes[1] = "off"
+    groups = []
+    for wish, targets in zip(wishes, (build.cpu_targets(), [build.CUDA]), strict=True):
         if wish == "off":
             continue
         try:
-            build.compiler_of(some[0])
-            targets += some
+            build.compiler_of(targets[0])
+            groups.append((wish, targets))
         except build.NoCompiler as error:
-            if wish == "require":
-                raise SystemExit(f"error: {error}") from None
-            log.warning("without %s: %s", ", ".join(t.file for t in some), error)
-    return targets
+            go_without(wish, targets, error)
+    return groups
+
+
+def go_without(wish, targets, error):
+    """End the build if these libraries are required, else say that they will be missing."""
+    if wish == "require":
+        raise SystemExit(f"error: {error}") from None
+    log.warning("without %s: %s", ", ".join(target.file for target in targets), error)
 
 
 class BuildPackages(build_py):
@@ -49,10 +61,11 @@ class BuildPackages(build_py):
             return  # a checkout builds what is wanted when it is wanted
         folder = Path(self.build_lib) / "bigtrain" / "kernels" / build.PREBUILT.name
         shutil.rmtree(folder, ignore_errors=True)  # of a build before this one
-        try:
-            build.build(wanted(), folder)
-        except build.BuildError as error:
-            raise SystemExit(f"error: a kernel library could not be built\n{error}") from None
+        for wish, targets in wanted():
+            try:
+                build.build(targets, folder)
+            except build.BuildError as error:
+                go_without(wish, targets, error)
 
 
 class Package(Distribution):

@@ -20,21 +20,16 @@ import torch.nn.functional as F
 
 from bigtrain.ops.activations import bias_gelu, swiglu
 from bigtrain.ops.adagrad import adagrad_rows_
-from bigtrain.ops.compression import (
-    delta_apply_,
-    delta_pack_,
-    dequantize_mean,
-    quantize_,
-    sign_pack_,
-    sign_unpack_mean,
-)
 from bigtrain.ops.cross_entropy import cross_entropy
+from bigtrain.ops.delta import delta_apply_, delta_pack_
 from bigtrain.ops.dropout import bias_dropout_residual
 from bigtrain.ops.grad_norm import grad_norm, unscale_
 from bigtrain.ops.lamb import lamb_
 from bigtrain.ops.norms import layer_norm, rms_norm
 from bigtrain.ops.optimizer import adamw_, sgd_
+from bigtrain.ops.quantize import dequantize_mean, quantize_
 from bigtrain.ops.rotary import rotary
+from bigtrain.ops.signs import sign_pack_, sign_unpack_mean
 from bigtrain.ops.softmax import masked_softmax
 
 System = Callable[..., Any]
@@ -93,7 +88,7 @@ class Case:
         wanted = [t for t in inputs.values() if isinstance(t, torch.Tensor) and t.requires_grad]
         outputs = listed(system(**inputs))
         torch.manual_seed(1)
-        grads = [torch.randn_like(out) if out.ndim else torch.ones_like(out) for out in outputs]
+        grads = [random_like(out) if out.ndim else torch.ones_like(out) for out in outputs]
         if self.direction == "backward":
             return lambda: torch.autograd.grad(outputs, wanted, grads, retain_graph=True)
         return lambda: torch.autograd.grad(listed(system(**inputs)), wanted, grads)
@@ -101,6 +96,11 @@ class Case:
 
 def listed(outputs: Any) -> list[torch.Tensor]:
     return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+def random_like(out: torch.Tensor) -> torch.Tensor:
+    """Return the same numbers for every memory layout."""
+    return torch.empty_like(out).copy_(torch.randn(out.shape))
 
 
 # -- optimizers ------------------------------------------------------------------------------------
@@ -182,7 +182,8 @@ def step_scaled(main: Any, param: Any, grad: Any, wide: Any, found_inf: Any, **m
 def many_tensors(setting: Setting) -> Inputs:
     """A new block, and as many elements in small tensors that torch's optimizers update."""
     inputs = block(setting, MANY * EACH)
-    inputs["exp_avg"].zero_(), inputs["exp_avg_sq"].zero_()
+    for name in ("exp_avg", "exp_avg_sq"):
+        inputs[name].zero_()
     pairs = zip(inputs["main"].split(EACH), inputs["grad"].split(EACH), strict=True)
     tensors = []
     for value, grad in pairs:
@@ -247,20 +248,15 @@ def lamb_foreach(mains: Any, grads: Any, exp_avgs: Any, exp_avg_sqs: Any, **_: A
 
 
 def embedding(setting: Setting) -> Inputs:
-    main = torch.randn(TABLE, WIDTH) * 1e-4
+    """A table, gradients of some rows, and torch's optimizer with sums of its own."""
     rows = torch.randperm(TABLE)[:TOUCHED].sort().values
     grad = torch.randn(TOUCHED, WIDTH)
-    return {"main": main, "rows": rows, "grad": grad, "sums": torch.ones(TABLE, WIDTH)}
-
-
-def embedding_with_optimizer(setting: Setting) -> Inputs:
-    inputs = embedding(setting)
-    table = torch.nn.Parameter(inputs["main"])
-    given = (inputs["rows"][None], inputs["grad"], table.shape)
+    table = torch.nn.Parameter(torch.randn(TABLE, WIDTH) * 1e-4)
     torch.sparse.check_sparse_tensor_invariants.disable()  # the default; said, it does not warn
-    table.grad = torch.sparse_coo_tensor(*given, is_coalesced=True)
+    table.grad = torch.sparse_coo_tensor(rows[None], grad, table.shape, is_coalesced=True)
     optimizer = torch.optim.Adagrad([table], lr=LR, eps=EPS, initial_accumulator_value=1.0)
-    return {**inputs, "optimizer": optimizer}
+    sums = torch.ones(TABLE, WIDTH)
+    return {"main": table.data, "rows": rows, "grad": grad, "sums": sums, "optimizer": optimizer}
 
 
 def adagrad_ours(main: Any, rows: Any, grad: Any, sums: Any, **_: Any) -> Any:
@@ -329,7 +325,7 @@ def optimizer_cases() -> Iterator[Case]:
     )
     yield case("lamb_", 40, layers, lamb_ours, peers={"torch foreach": lamb_foreach})
     yield case(
-        *("adagrad_rows_", 20, embedding_with_optimizer, adagrad_ours),
+        *("adagrad_rows_", 20, embedding, adagrad_ours),
         peers={"torch Adagrad": adagrad_torch, "index_add_": adagrad_by_hand},
         compiled={"index_add_": adagrad_by_hand},
         size=TOUCHED * WIDTH,
@@ -382,7 +378,7 @@ def sign_feedback(x: Any, state: Any, scales: Any, negative: Any, room: Any, **_
     v = state.add_(x).view(-1, BLOCK)
     torch.linalg.vector_norm(v, dim=1, out=scales).mul_(BLOCK**-0.5)
     torch.signbit(v, out=negative.view(-1, BLOCK))
-    v.sub_(torch.copysign(scales[:, None], v, out=room))
+    v.addcmul_(torch.sign(v, out=room), scales[:, None], value=-1)
 
 
 def sign_by_weights(weights: Any, bits: Any, **inputs: Any) -> tuple[Any, Any]:
@@ -394,7 +390,15 @@ def sign_by_weights(weights: Any, bits: Any, **inputs: Any) -> tuple[Any, Any]:
 def sign_by_product(weights: Any, bits: Any, **inputs: Any) -> tuple[Any, Any]:
     sign_feedback(**inputs)
     eight = inputs["negative"].view(torch.int64)
-    return inputs["scales"], bits.copy_((eight * GATHER).bitwise_right_shift_(56))
+    return inputs["scales"], bits.copy_(eight.mul_(GATHER).bitwise_right_shift_(56))
+
+
+def sign_plain(x: Any, state: Any, weights: Any, **_: Any) -> tuple[Any, Any]:
+    """As one would write it at first, with results in new memory."""
+    v = (x + state).view(-1, BLOCK)
+    scales = v.square().mean(1).sqrt()
+    state.copy_((v - scales[:, None] * v.sign()).view(-1))
+    return scales, ((v < 0).view(-1, 8) * weights).sum(1).to(torch.uint8)
 
 
 def sign_by_numpy(weights: Any, bits: Any, **inputs: Any) -> tuple[Any, Any]:
@@ -412,6 +416,7 @@ def sign_messages(setting: Setting) -> Inputs:
         "scales": torch.rand(SOURCES, n // BLOCK),
         "out": torch.zeros(n),
         "table": 1.0 - 2.0 * ((byte[:, None] >> places) & 1).float(),
+        "room": torch.zeros(n // 8, 8),
         "places": places,
     }
 
@@ -428,8 +433,11 @@ def mean_of(rows: Any, scales: Any, out: Any, decode: Callable[[Any], Any]) -> A
     return total.mul_(1 / len(rows)).view(-1)
 
 
-def unpack_by_table(bits: Any, scales: Any, out: Any, table: Any, **_: Any) -> Any:
-    return mean_of(bits, scales, out, lambda row: table.index_select(0, row.int()))
+def unpack_by_table(bits: Any, scales: Any, out: Any, table: Any, room: Any, **_: Any) -> Any:
+    def decode(row: Any) -> Any:
+        return torch.index_select(table, 0, row.int(), out=room)
+
+    return mean_of(bits, scales, out, decode)
 
 
 def unpack_by_shifts(bits: Any, scales: Any, out: Any, places: Any, **_: Any) -> Any:
@@ -556,9 +564,10 @@ def compression_cases() -> Iterator[Case]:
         peers={
             "torch product": sign_by_product,
             "torch weights": sign_by_weights,
+            "torch plain": sign_plain,
             "numpy.packbits": sign_by_numpy,
         },
-        compiled={"torch product": sign_by_product, "torch weights": sign_by_weights},
+        compiled={"torch product": sign_by_product, "torch plain": sign_plain},
     )
     yield case(
         *("sign_unpack_mean of 8", 5, sign_messages, unpack_ours),

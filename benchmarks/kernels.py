@@ -11,13 +11,15 @@ the machine also copies 64 MB of fp32 (torch's copy_, on as many threads), so a 
 
 of copy  bytes that an ideal implementation moves / our seconds / bytes per second of the copy,
          which counts what it reads and what it writes; the median over rounds
-peer     seconds of the peer / our seconds: the median over rounds, and the smallest and largest
+peer     seconds of the peer / our seconds: the median over rounds (and their range)
+
+In both the last number is of the best time of each: on a busy machine the steadiest one.
 
 Forward is measured as in training: autograd takes notes. Backward is torch.autograd.grad of a graph
 that is kept, so it has no forward in it. Our kernels are used even where bigtrain leaves the work
 to torch (kernels="on"). --compile adds torch.compile of the peers; on CUDA that is always so, and
 Liger is one of the peers if it can be imported. --reuse-memory keeps freed memory in the process,
-so that no system waits for the operating system to clear pages of large results (a CPU only).
+so that no system waits for the operating system to clear pages for large results (CPU only).
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ from typing import Any
 
 COPY_BYTES = 2 * 64 * 2**20
 SHORTEST = 2e-3  # seconds
-TOLERANCE = 0.03  # of the norm of a result: bf16 has 8 bits
+TOLERANCE = 0.1  # of the norm of a result: torch sums bf16 gradients of weights to 5 %
 FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
-COLUMNS = ("case", "ours, ms: best (median)", "B / element", "GB/s", "of copy", "peer / ours")
+COLUMNS = ("case", "ours, ms: median (best)", "B / element", "GB/s", "of copy", "peer / ours")
 
 Run = Callable[[], Any]
 
@@ -133,28 +135,29 @@ def copying(device: str) -> Run:
 # -- the table -------------------------------------------------------------------------------------
 
 
-def middle_and_range(ratios: list[float], digits: int = 2) -> str:
-    low, middle, high = (f"{f(ratios):.{digits}f}" for f in (min, statistics.median, max))
-    return f"**{middle}** ({low} to {high})"
+def ratios(one: list[float], other: list[float]) -> list[float]:
+    return [a / b for a, b in zip(one, other, strict=True)]
+
+
+def middle_and_range(numbers: list[float], digits: int = 2) -> str:
+    low, middle, high = (f"{f(numbers):.{digits}f}" for f in (min, statistics.median, max))
+    return f"**{middle}** ({low} to {high}"
 
 
 def cells(case: Any, elements: int, candidates: list[Candidate]) -> Iterator[str]:
     """Yield a row of the table."""
     ours, *peers, copy = candidates
     moved = case.bytes * elements
-    median = statistics.median(ours.seconds)
-    speeds = [
-        (moved / mine) / (COPY_BYTES / its)
-        for mine, its in zip(ours.seconds, copy.seconds, strict=True)
-    ]
+    median, best = statistics.median(ours.seconds), min(ours.seconds)
+    of_copy = moved / COPY_BYTES * statistics.median(ratios(copy.seconds, ours.seconds))
     yield case.name
-    yield f"{min(ours.seconds) * 1e3:.3f} ({median * 1e3:.3f})"
+    yield f"{median * 1e3:.3f} ({best * 1e3:.3f})"
     yield f"{case.bytes:.4g}"
     yield f"{moved / median / 1e9:.2f}"
-    yield f"{statistics.median(speeds):.2f}"
+    yield f"{of_copy:.2f} ({moved / COPY_BYTES * min(copy.seconds) / best:.2f})"
     yield "; ".join(
-        f"{peer.name} "
-        + middle_and_range([a / b for a, b in zip(peer.seconds, ours.seconds, strict=True)])
+        f"{peer.name} {middle_and_range(ratios(peer.seconds, ours.seconds))}, "
+        f"{min(peer.seconds) / best:.2f})"
         for peer in peers
     )
 
@@ -163,7 +166,7 @@ def show(row: list[str], markdown: bool) -> None:
     if markdown:
         print("| " + " | ".join(row) + " |", flush=True)
         return
-    widths = (44, 26, 13, 9, 9, 0)
+    widths = (52, 25, 13, 9, 13, 0)
     text = "".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
     print(text.replace("**", ""), flush=True)
 
@@ -263,7 +266,7 @@ def main() -> None:
     if not copies:
         sys.exit(f"no case is called {' or '.join(options.only)}")
     rates = [COPY_BYTES / seconds / 1e9 for seconds in copies]
-    print(f"\ncopy: {middle_and_range(rates, 1)} GB/s".replace("*", ""))
+    print(f"\ncopy: {middle_and_range(rates, 1)}) GB/s".replace("*", ""))
 
 
 if __name__ == "__main__":

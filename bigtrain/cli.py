@@ -96,8 +96,11 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def doctor() -> None:
     """Tell what this machine has, and who does each operation here: a kernel, or torch."""
+    import logging
+
     from bigtrain.ops.report import doctor_lines
 
+    logging.getLogger("bigtrain").addHandler(logging.NullHandler())  # the report says it all
     for line in doctor_lines():
         typer.echo(line)
 

@@ -52,7 +52,7 @@ def run(
     device = choose_device(config.run.device, world)
     _configure_torch(config, world, device)
     if config.run.kernels != "off":
-        _find_kernels(device, quiet=world.rank > 0)
+        _find_kernels(device, quiet=world.local_rank > 0)
     join(world, device, START_TIMEOUT_SECONDS)
     mesh = Mesh.build(layout_of(config, world.world_size), world, device)
     with _run_folder(config, resume, restart, mesh, launched) as folder:
@@ -80,7 +80,7 @@ def _configure_torch(config: Config, world: World, device: torch.device) -> None
 
 
 def _find_kernels(device: torch.device, *, quiet: bool) -> None:
-    """Load the library now, since building it takes a while; one rank says if there is none."""
+    """Load the library now: building takes a while. One rank of a node says if there is none."""
     logging.getLogger("bigtrain.ops.library").setLevel(logging.ERROR if quiet else logging.INFO)
     library_of(device)
 

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +65,7 @@ class Target:
     name: str
     folder: str
     flags: tuple[str, ...]
+    key_of_all: str | None = None  # the key, if these flags are those that a compiler can do
 
     @property
     def file(self) -> str:
@@ -96,6 +97,8 @@ class Target:
 
     def key(self) -> str:
         """Return the hash of what this library is built from."""
+        if self.key_of_all is not None:
+            return self.key_of_all
         digest = hashlib.sha256()
         for path in (*self.sources(), *self.headers()):
             digest.update(f"{path.relative_to(HERE)}\0{len(path.read_bytes())}\0".encode())
@@ -108,11 +111,12 @@ def _cpu(name: str, *march: str) -> Target:
     return Target(f"cpu_{name}", "cpu", (*_CPU, *march, f'-DBT_TARGET="{name}"'))
 
 
-def _gencode() -> Iterator[str]:
-    for number in _CUDA_ARCHITECTURES:
-        yield f"-gencode=arch=compute_{number},code=sm_{number}"
-    last = _CUDA_ARCHITECTURES[-1]
-    yield f"-gencode=arch=compute_{last},code=compute_{last}"  # PTX, for what is newer
+def _cuda(architectures: Sequence[str], key: str | None = None) -> Target:
+    names = " ".join(f"sm_{number}" for number in architectures)
+    gencode = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in architectures]
+    last = architectures[-1]
+    gencode.append(f"-gencode=arch=compute_{last},code=compute_{last}")  # PTX, for what is newer
+    return Target("cuda", "cuda", (*_NVCC, *gencode, f'-DBT_TARGET="{names}"'), key)
 
 
 CPU_TARGETS: Mapping[str, Sequence[Target]] = {  # by machine, the best first
@@ -123,9 +127,12 @@ CPU_TARGETS: Mapping[str, Sequence[Target]] = {  # by machine, the best first
     ),
     "aarch64": (_cpu("neon"),),
 }
-_names = " ".join(f"sm_{number}" for number in _CUDA_ARCHITECTURES)
-CUDA = Target("cuda", "cuda", (*_NVCC, *_gencode(), f'-DBT_TARGET="{_names}"'))
+CUDA = _cuda(_CUDA_ARCHITECTURES)
 EMULATED = Target("emulated", "cuda", (*_EMULATED, '-DBT_TARGET="emulated"'))
+
+SANITIZED = Target(
+    "sanitized", "cuda", (*EMULATED.flags, "-O1", "-g1", "-fsanitize=address")
+)  # the same, to see accesses outside of memory
 
 _NEEDS = {  # what /proc/cpuinfo must list
     "cpu_avx512": "avx512f avx512bw avx512cd avx512dq avx512vl avx2 fma f16c bmi1 bmi2",
@@ -161,7 +168,7 @@ def compiler_of(target: Target) -> str:
     """
     if not target.is_cuda:
         wanted = os.environ.get("CXX")
-        tried = [wanted] if wanted else ["g++", "c++", "clang++"]
+        tried = [wanted] if wanted else ["g++"]
         found = next(filter(None, map(shutil.which, tried)), None)
         if found is None:
             raise NoCompiler(f"there is no C++ compiler ({', '.join(tried)}) on this machine")
@@ -184,6 +191,17 @@ def _nvcc_candidates() -> Iterator[Path]:
         yield from sorted(Path(folder).glob("nvidia/cu*/bin/nvcc"))
 
 
+def known_to(compiler: str, target: Target) -> Target:
+    """Return `target` without the architectures that this nvcc does not know (an older toolkit)."""
+    if not target.is_cuda:
+        return target
+    listed = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = [n for n in _CUDA_ARCHITECTURES if f"compute_{n}" in listed.split()]
+    if not known:
+        raise BuildError(f"{compiler} knows none of the architectures {_CUDA_ARCHITECTURES}")
+    return _cuda(known, target.key())
+
+
 # -- building --------------------------------------------------------------------------------------
 
 
@@ -196,6 +214,7 @@ def build(targets: Sequence[Target], folder: Path) -> list[Path]:
     if not targets:
         return []
     compilers = {target.name: compiler_of(target) for target in targets}
+    targets = [known_to(compilers[target.name], target) for target in targets]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
@@ -225,10 +244,19 @@ def _build(
     for target in targets:
         fresh = scratch / target.file
         link = ["-shared", *objects[target.name], "-o", str(fresh)]
-        openmp = [] if target.is_cuda else ["-fopenmp"]
-        _run([compilers[target.name], *openmp, *link])
+        openmp = _cudart_folder(compilers[target.name]) if target.is_cuda else ["-fopenmp"]
+        sanitized = [flag for flag in target.flags if flag.startswith("-fsanitize")]
+        _run([compilers[target.name], *openmp, *sanitized, *link])
+        with open(fresh, "rb") as file:
+            os.fsync(file.fileno())  # a name must not outlive a loss of power without its contents
         built.append(fresh.replace(folder / target.file))
     return built
+
+
+def _cudart_folder(nvcc: str) -> list[str]:
+    """Return what tells nvcc of pip's wheels where its libraries are; a toolkit's knows."""
+    folder = Path(nvcc).parent.parent / "lib"
+    return [f"-L{folder}"] if folder.is_dir() else []
 
 
 def num_cores() -> int:
@@ -253,7 +281,7 @@ def cache_folder() -> Path:
 
 def cached(target: Target) -> Path:
     """Return where the cache has, or would have, the library of `target`."""
-    return cache_folder() / f"{target.name}-{target.key()}" / target.file
+    return cache_folder() / f"{target.name}-{platform.machine()}-{target.key()}" / target.file
 
 
 def build_cached(target: Target) -> Path:
@@ -266,13 +294,18 @@ def build_cached(target: Target) -> Path:
     """
     path = cached(target)
     if path.exists():
-        os.utime(path.parent)
+        with suppress(OSError):  # a folder of somebody else's serves as well
+            os.utime(path.parent)
         return path
     compiler_of(target)  # before a folder is made for nothing
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        return _build_cached(target, path)
     except OSError as error:
         raise BuildError(f"{path.parent} cannot be written: {error}") from error
+
+
+def _build_cached(target: Target, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     failed, began = path.parent / "failed", time.time()
     with _locked(path.parent / "lock"):
         if path.exists():

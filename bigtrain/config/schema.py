@@ -26,16 +26,7 @@ def _positive_or_auto(value: Any) -> Any:
     raise PydanticCustomError("int_or_auto", "a positive whole number, or auto")
 
 
-def _on_or_off(value: Any) -> Any:
-    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-
-
 PositiveInt = Annotated[int, Field(ge=1)]
-Kernels = Annotated[
-    Literal["auto", "on", "off"],
-    BeforeValidator(_on_or_off),  # YAML reads on and off as true and false
-    WithJsonSchema({"enum": ["auto", "on", "off", True, False]}),
-]
 CountOrAuto = Annotated[
     int | Literal["auto"],
     BeforeValidator(_positive_or_auto),
@@ -64,7 +55,7 @@ class RunSection(Section):
     """Refuse operations that are not reproducible bit for bit (slower on GPUs)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where ranks compute; auto takes CUDA where there is one."""
-    kernels: Kernels = "auto"
+    kernels: Literal["auto", "on", "off"] = "auto"
     """Fused kernels: auto takes them where they win, on wherever there is one, off never."""
 
 

@@ -69,7 +69,8 @@ def bias_gelu(
             f"bias is {tuple(bias.shape)}, the rows of x have {x.shape[-1]} elements",
             mend=f"pass bias [{x.shape[-1]}], or None",
         )
-    if autocast or not chosen("bias_gelu", kernels, x, bias):
+    name = "bias_gelu" if approximate == "tanh" else "exact_gelu"
+    if autocast or not chosen(name, kernels, x, bias):
         return F.gelu(x if bias is None else x + bias, approximate=approximate)
     return _BIAS_GELU(x, bias, approximate == "tanh")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from bigtrain.ops.flat import LOW, divided, dtype_of, quotient, root, write
+from bigtrain.ops.flat import LOW, divided, dtype_of, quotient, root, sum64, write
 from bigtrain.ops.library import Library
 from bigtrain.ops.op import (
     Kernels,
@@ -57,8 +57,6 @@ def adagrad_rows_(
     check_flat(name, len(rows) * main.shape[1], grad=grad)
     check_flat(name, 1, divisor=divisor)
     check_apart(name, main=main, rows=rows, grad=grad, sums=sums, param=param, divisor=divisor)
-    if not torch.compiler.is_compiling():
-        _check_rows(name, rows, len(main))
     use = chosen(name, kernels, main, grad, param)
     (_ADAGRAD if use else _reference)(
         main, param, rows, grad, sums, divisor, per_row, lr, eps, weight_decay
@@ -95,6 +93,7 @@ def _kernel(
     per_row: bool,
     *numbers: float,
 ) -> None:
+    _check_rows("adagrad_rows_", rows, len(main))
     library.call(
         "bt_adagrad_rows",
         main.device,
@@ -115,6 +114,7 @@ def _reference(
     eps: float,
     weight_decay: float,
 ) -> None:
+    _check_rows("adagrad_rows_", rows, len(main))
     size = main.shape[1]
     if not len(rows) or not size:
         return
@@ -129,18 +129,6 @@ def _reference(
         own = param.view_as(main)[rows]
         write(divisor, (own, new))
         param.view_as(main)[rows] = own
-
-
-def sum64(x: torch.Tensor) -> torch.Tensor:
-    """Return the sum over the last dim: 64 lanes in turn, then halves added to each other."""
-    lanes = torch.nn.functional.pad(x, (0, -x.shape[-1] % 64)).unflatten(-1, (-1, 64))
-    total = torch.zeros_like(lanes[..., 0, :])
-    for number in range(lanes.shape[-2]):
-        total = total + lanes[..., number, :]
-    while total.shape[-1] > 1:
-        first, second = total.chunk(2, dim=-1)
-        total = first + second
-    return total[..., 0]
 
 
 _ADAGRAD = Op(

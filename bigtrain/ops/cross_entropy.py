@@ -135,8 +135,6 @@ def cross_entropy(
         raise fail(name, f"label_smoothing is {label_smoothing}", mend="it is from 0 to 1")
     flat, aims = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     _check(name, flat, aims)
-    if not torch.compiler.is_compiling():
-        _refuse_outside(aims, flat.shape[1], ignore_index)
     numbers = (ignore_index, label_smoothing, z_loss)
     if chosen(name, kernels, flat):
         inplace = inplace_backward and not torch.compiler.is_compiling()
@@ -318,6 +316,7 @@ def _losses_kernel(
     z_loss: float,
     inplace: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _refuse_outside(targets, logits.shape[1], ignore_index)
     parts = _parts_kernel(library, logits, targets, smoothing > 0)
     return _finish(parts, targets == ignore_index, logits.shape[1], smoothing, z_loss)
 
@@ -330,6 +329,7 @@ def _reference(
     z_loss: float,
     inplace: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _refuse_outside(targets, logits.shape[1], ignore_index)
     x = _wide(logits)
     ignored = targets == ignore_index
     most = x.detach().amax(-1).clamp(min=LOWEST)

@@ -11,18 +11,18 @@ import torch
 from bigtrain.errors import BigtrainError
 
 
-def first_order(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def first_order(
+    name: str,
+    why: str = "its backward is a kernel, and is not differentiable itself",
+    mend: str = 'leave create_graph off, or pass kernels="off"',
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Refuse to differentiate the backward of operation `name`: terms would silently be dropped."""
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def guarded(ctx: Any, *grads: Any) -> Any:
             if torch.is_grad_enabled():
-                raise BigtrainError(
-                    f"second derivatives through {name}",
-                    why="its backward is a kernel, and is not differentiable itself",
-                    mend='leave create_graph off, or pass kernels="off"',
-                )
+                raise BigtrainError(f"second derivatives through {name}", why=why, mend=mend)
             return backward(ctx, *grads)
 
         return guarded

@@ -57,3 +57,15 @@ def write(divisor: torch.Tensor | None, *pairs: tuple[torch.Tensor | None, torch
         if place is not None:
             fresh = new.to(place.dtype)
             place.copy_(fresh if divisor is None else torch.where(divisor.isfinite(), fresh, place))
+
+
+def sum64(x: torch.Tensor) -> torch.Tensor:
+    """Return the sum over the last dim: 64 lanes in turn, then halves added to each other."""
+    lanes = torch.nn.functional.pad(x, (0, -x.shape[-1] % 64)).unflatten(-1, (-1, 64))
+    total = torch.zeros_like(lanes[..., 0, :])
+    for number in range(lanes.shape[-2]):
+        total = total + lanes[..., number, :]
+    while total.shape[-1] > 1:
+        first, second = total.chunk(2, dim=-1)
+        total = first + second
+    return total[..., 0]

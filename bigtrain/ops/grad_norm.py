@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from bigtrain.ops.flat import LOW, divided
 from bigtrain.ops.library import Library
-from bigtrain.ops.op import Kernels, Op, check_alike, check_dtype, check_flat, chosen
+from bigtrain.ops.op import Kernels, Op, check_alike, check_apart, check_dtype, check_flat, chosen
 
 PART, CHUNK = 1024, 65536  # elements, as bt_abi.h cuts tensors
 
@@ -61,6 +61,8 @@ def _of_all(
 ) -> GradNorm:
     first = tensors[0]
     for number, tensor in enumerate(tensors):
+        if tensor.dtype in LOW and tensor.device == first.device and tensor.is_contiguous():
+            continue  # as all but always
         argument = {f"tensor {number}": tensor}
         check_dtype(name, LOW, **argument)
         check_alike(name, first, **argument)
@@ -68,6 +70,8 @@ def _of_all(
     check_dtype(name, (torch.float32,), divisor=divisor)
     check_alike(name, first, divisor=divisor)
     check_flat(name, 1, divisor=divisor)
+    if write:
+        check_apart(name, **{f"tensor {number}": tensor for number, tensor in enumerate(tensors)})
     total = torch.zeros(2, dtype=torch.float64, device=first.device)
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         same = [tensor for tensor in tensors if tensor.dtype == dtype]

@@ -146,15 +146,19 @@ def _check_offsets(name: str, main: torch.Tensor, offsets: torch.Tensor) -> None
             f"offsets has shape {tuple(offsets.shape)}",
             mend="pass where each tensor begins, and where the last one ends",
         )
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():  # no wait for a GPU
-        whole = torch.cat([offsets.new_zeros(1), offsets, offsets.new_tensor([main.numel()])])
-        if bool((whole.diff() < 0).any()):
-            raise fail(
-                name,
-                f"offsets {offsets.tolist()[:8]} do not rise within 0 and {main.numel()}",
-                why="tensors lie one behind the other in the block",
-                mend="pass where each tensor begins, and where the last one ends",
-            )
+
+
+def _check_order(name: str, main: torch.Tensor, offsets: torch.Tensor) -> None:
+    if offsets.device.type != "cpu":  # nobody waits for a GPU here
+        return
+    whole = torch.cat([offsets.new_zeros(1), offsets, offsets.new_tensor([main.numel()])])
+    if bool((whole.diff() < 0).any()):
+        raise fail(
+            name,
+            f"offsets {offsets.tolist()[:8]} do not rise within 0 and {main.numel()}",
+            why="tensors lie one behind the other in the block",
+            mend="pass where each tensor begins, and where the last one ends",
+        )
 
 
 # -- kernels ---------------------------------------------------------------------------------------
@@ -170,6 +174,7 @@ def _moments_kernel(
     offsets: torch.Tensor,
     *numbers: float,
 ) -> torch.Tensor:
+    _check_order("lamb_moments_", main, offsets)
     n, count = main.numel(), len(offsets) - 1
     norms = main.new_zeros(count, 2, dtype=torch.float64)
     workspace = main.new_empty(library.ask("bt_lamb_workspace", n, count), dtype=torch.float64)
@@ -193,6 +198,7 @@ def _apply_kernel(
     ratios: torch.Tensor,
     *numbers: float,
 ) -> None:
+    _check_order("lamb_apply_", main, offsets)
     library.call(
         "bt_lamb_apply",
         main.device,
@@ -216,6 +222,7 @@ def _moments_reference(
     one_minus_beta2: float,
     *numbers: float,
 ) -> torch.Tensor:
+    _check_order("lamb_moments_", main, offsets)
     g = divided(grad, divisor)
     m = exp_avg + (g - exp_avg) * one_minus_beta1
     v = exp_avg_sq * beta2 + g * one_minus_beta2 * g
@@ -239,6 +246,7 @@ def _apply_reference(
     lr: float,
     *numbers: float,
 ) -> None:
+    _check_order("lamb_apply_", main, offsets)
     places = _places(main, offsets)
     rate = ratios[places.clamp(min=0)] * lr if len(ratios) else torch.zeros_like(main)
     moved = main - rate * _direction(main, exp_avg, exp_avg_sq, *numbers)

@@ -9,10 +9,12 @@ and anew when a source changes. Where there is none, torch does the work; that i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
 import re
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,33 +161,60 @@ def _find(kind: str) -> Library | Missing:
     targets = [build.CUDA]
     if kind == "cpu":
         targets = [target for target in build.cpu_targets() if build.runs_here(target)]
-    faults = []
+    faults: list[str] = []
     for target in targets:
         path = build.PREBUILT / target.file
         if path.exists():
             found = load(path, target)
             if isinstance(found, Library):
-                return found
+                return _usable(kind, found, faults)
             faults.append(found)
-    best = targets[0]
     try:
-        if not build.cached(best).exists():
-            log.info("building %s, once", best.file)
-        found = load(build.build_cached(best), best)
+        found = _from_cache(targets[0])
     except build.NoCompiler as error:
         found = faults[0] if faults else str(error)
     except build.BuildError as error:
         found = str(error)
     if isinstance(found, Library):
-        for fault in faults:
-            log.warning("%s; %s is used in its place", fault, found.path)
-        return found
+        return _usable(kind, found, faults)
     return Missing(Problem(f"no kernels on the {kind}", why=found, mend=_mend(kind)))
+
+
+def _from_cache(target: build.Target) -> Library | str:
+    """Load the library of `target` from the cache; build it if it is not there, or damaged."""
+    if not build.cached(target).exists():
+        log.info("building %s, once", target.file)
+    found = load(build.build_cached(target), target)
+    if isinstance(found, str):
+        log.warning("%s; it is built anew", found)
+        with contextlib.suppress(OSError):
+            build.cached(target).unlink()
+        found = load(build.build_cached(target), target)
+    return found
+
+
+def _usable(kind: str, library: Library, faults: list[str]) -> Library | Missing:
+    """Name the libraries that were passed over, and see whether a GPU can run this one."""
+    for fault in faults:
+        log.warning("%s; %s is used in its place", fault, library.path)
+    if kind == "cuda":
+        try:
+            one = torch.zeros(1, device="cuda")
+            nothing = (None, 0.0, 0.0, 0.0, False)
+            library.call("bt_sgd", one.device, 1, one, None, 0, one, 0, None, *nothing)
+        except BigtrainError as error:
+            name, number = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+            what = f"{name} (sm_{number[0]}{number[1]}) cannot run {library.path}: {error}"
+            mend = f"it was built for {library.target}; a CUDA 13 library needs driver 580 or newer"
+            return Missing(Problem("no kernels on the cuda", why=what, mend=mend))
+    return library
 
 
 def load(path: Path, target: build.Target) -> Library | str:
     """Load the library of `target` at `path`, or return what is wrong with it."""
     try:
+        if not _is_whole(path):
+            return f"{path} is not for this machine, or damaged (it is cut off)"
         library = Library(path)
     except OSError as error:
         return f"{path} is not for this machine, or damaged ({error})"
@@ -196,10 +225,22 @@ def load(path: Path, target: build.Target) -> Library | str:
     return library
 
 
-def _mend(kind: str) -> str:
-    compiler = (
-        "g++" if kind == "cpu" else "nvcc (the CUDA toolkit, or pip install nvidia-cuda-nvcc)"
+def _is_whole(path: Path) -> bool:
+    """Return whether an ELF file has all that its header tells of; loading half a one may crash."""
+    with open(path, "rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return False
+    table, size, count = (
+        struct.unpack_from("<Q", header, 40)[0],
+        *struct.unpack_from("<HH", header, 58),
     )
+    return path.stat().st_size >= table + size * count
+
+
+def _mend(kind: str) -> str:
+    packages = "nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl"
+    compiler = "g++" if kind == "cpu" else f"nvcc (the CUDA toolkit, or pip install {packages})"
     return (
         f"Install {compiler} and start again, or install bigtrain anew where there is one; "
         f"BIGTRAIN_{'KERNELS' if kind == 'cpu' else 'CUDA'}=off silences this"

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from bigtrain.errors import BigtrainError
 from bigtrain.ops.library import DTYPES, Library, library_of
@@ -21,21 +22,43 @@ Kernels = Literal["auto", "on", "off"]
 _NAMESPACE = torch.library.Library("bigtrain", "FRAGMENT")
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
-# Where torch's own is as fast or faster (benchmarks/), by device and name of the operation.
-LOSES: dict[str, frozenset[str]] = {"cpu": frozenset(), "cuda": frozenset()}
+
+class Left(NamedTuple):
+    """What "auto" leaves to torch: tensors of these dtypes, and why."""
+
+    why: str
+    dtypes: tuple[torch.dtype, ...] = tuple(DTYPES)
+
+
+# By device and operation. What takes torch many passes (an update, the draws of dropout) is never
+# left to it.
+_UNMEASURED = (
+    *("layer_norm", "rms_norm", "bias_gelu", "exact_gelu", "swiglu", "rotary", "masked_softmax"),
+    "cross_entropy",
+)
+LEFT_TO_TORCH: dict[str, dict[str, Left]] = {
+    "cpu": {
+        "layer_norm": Left("torch is as fast in fp32", (torch.float32,)),
+        "exact_gelu": Left("torch is as fast in bf16", (torch.bfloat16, torch.float16)),
+    },
+    "cuda": dict.fromkeys(_UNMEASURED, Left("not measured on a GPU yet")),
+}
 
 
 def library_for(*tensors: torch.Tensor | None) -> Library | None:
     """Return the library that can work on all these tensors, or None.
 
     It takes ordinary fp32, bf16 and fp16 tensors: not fp64, no subclasses (fake tensors, DTensors),
-    nothing inside of torch.func.
+    no views that are negated lazily, nothing inside of torch.func, forward-mode differentiation or
+    torch.jit.trace.
     """
     given = [tensor for tensor in tensors if tensor is not None]
     for tensor in given:
-        if type(tensor) not in _ORDINARY or tensor.dtype not in DTYPES:
+        if type(tensor) not in _ORDINARY or tensor.dtype not in DTYPES or tensor.is_neg():
             return None
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return None
+    if torch._C._get_tracing_state() is not None:
         return None
     return library_of(given[0].device)
 
@@ -52,8 +75,9 @@ def chosen(name: str, kernels: Kernels, *tensors: torch.Tensor | None) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True  # as one opaque operation; whoever runs it looks for the library
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if kernels == "auto" and name in LOSES.get(device, ()):
+    first = next(tensor for tensor in tensors if tensor is not None)
+    left = LEFT_TO_TORCH.get(first.device.type, {}).get(name)
+    if kernels == "auto" and left is not None and first.dtype in left.dtypes:
         return False
     return library_for(*tensors) is not None
 
@@ -172,8 +196,25 @@ def check_dtype(
             raise fail(name, f"{argument} is {tensor.dtype}", mend=f"it must be {names}")
 
 
+def check_unfolded(name: str, **tensors: torch.Tensor | None) -> None:
+    """Refuse to write to tensors of which several elements are one place in memory."""
+    for argument, tensor in tensors.items():
+        if tensor is not None and any(
+            stride == 0 and size > 1
+            for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        ):
+            raise fail(
+                name,
+                f"{argument} is expanded: several of its elements are one place in memory",
+                why="it would be written several times",
+                mend="clone() it first",
+            )
+
+
 def check_apart(name: str, **tensors: torch.Tensor | None) -> None:
-    """Refuse tensors that share memory with each other."""
+    """Refuse tensors that share memory with each other, which a compiler's graph does not tell."""
+    if torch.compiler.is_compiling():
+        return
     spans = sorted(
         (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), argument)
         for argument, t in tensors.items()

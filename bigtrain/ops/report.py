@@ -9,8 +9,8 @@ import torch
 
 from bigtrain.errors import BigtrainError
 from bigtrain.kernels import build
-from bigtrain.ops.library import Library, Missing, find
-from bigtrain.ops.op import LOSES
+from bigtrain.ops.library import DTYPES, Library, Missing, find
+from bigtrain.ops.op import LEFT_TO_TORCH
 
 # By the names that `chosen` is asked with.
 OPERATIONS = {
@@ -20,7 +20,15 @@ OPERATIONS = {
         *("quantize_", "dequantize_mean", "delta_pack_", "delta_apply_"),
     ),
     "model": (
-        *("layer_norm", "rms_norm", "bias_gelu", "swiglu", "rotary", "masked_softmax"),
+        *(
+            "layer_norm",
+            "rms_norm",
+            "bias_gelu",
+            "exact_gelu",
+            "swiglu",
+            "rotary",
+            "masked_softmax",
+        ),
         *("cross_entropy", "bias_dropout_residual"),
     ),
 }
@@ -37,12 +45,12 @@ def doctor_lines() -> Iterator[str]:
         libraries[kind], line = _look(kind)
         yield f"{kind:<8} {line}"
     yield ""
-    yield "operation".ljust(24) + "".join(kind.ljust(32) for kind in libraries).rstrip()
+    yield "operation".ljust(24) + "".join(kind.ljust(44) for kind in libraries).rstrip()
     for group, names in OPERATIONS.items():
         yield group
         for name in names:
             done_by = (_done_by(name, kind, found) for kind, found in libraries.items())
-            yield f"  {name:<22}" + "".join(text.ljust(32) for text in done_by).rstrip()
+            yield f"  {name:<22}" + "".join(text.ljust(44) for text in done_by).rstrip()
 
 
 def _gpus() -> str:
@@ -67,6 +75,8 @@ def _look(kind: str) -> tuple[Library | None, str]:
 def _done_by(name: str, kind: str, library: Library | None) -> str:
     if library is None:
         return "torch: there is no library"
-    if name in LOSES[kind]:
-        return "torch: as fast as the kernel"
-    return f"kernel ({library.target})"
+    kernel, left = f"kernel ({library.target})", LEFT_TO_TORCH[kind].get(name)
+    if left is None:
+        return kernel
+    everything = len(left.dtypes) == len(DTYPES)
+    return f"torch: {left.why}" if everything else f"{kernel}; {left.why}"

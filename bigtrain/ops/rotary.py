@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bigtrain.ops.library import Library
-from bigtrain.ops.op import Kernels, Op, check_alike, chosen, fail, library_for
+from bigtrain.ops.op import Kernels, Op, check_alike, check_unfolded, chosen, fail, library_for
 
 
 def rotary(
@@ -28,6 +28,8 @@ def rotary(
         BigtrainError: shapes that do not fit, a table that is too short or wants a gradient.
     """
     _check(x, table, seq_dim)
+    if inplace:
+        check_unfolded("rotary", x=x)
     if table.dtype != torch.float32 or not table.is_contiguous():
         table = table.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
     seq_dim %= 4
@@ -102,7 +104,9 @@ def _kernel(
 ) -> torch.Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty_like(x)
-    _turn(library, x, out if out.stride(-1) == 1 else out.contiguous(), table, seq_dim, direction)
+    if out.stride(-1) != 1:  # of views whose elements overlap
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _turn(library, x, out, table, seq_dim, direction)
     return out
 
 

@@ -46,8 +46,8 @@ class Optimizer(ABC):
         self.num_updates += 1
         for index, segment in enumerate(self.segments):
             decay = self.weight_decay if segment.kind == DECAY else 0.0
-            self._update(index, segment, self.lr if lr is None else lr, decay, grad_divisor)
-            segment.bucket.rounded = True
+            rate = self.lr if lr is None else lr
+            segment.bucket.rounded = self._update(index, segment, rate, decay, grad_divisor)
 
     @abstractmethod
     def _update(
@@ -57,8 +57,8 @@ class Optimizer(ABC):
         lr: float,
         weight_decay: float,
         divisor: torch.Tensor | None,
-    ) -> None:
-        """Update this segment, the one with that index."""
+    ) -> bool:
+        """Update this segment, the one with that index; return whether `low_params` too."""
 
     def _zeros(self) -> list[torch.Tensor]:
         return [torch.zeros_like(segment.main_params) for segment in self.segments]
@@ -87,7 +87,7 @@ class AdamW(Optimizer):
         lr: float,
         weight_decay: float,
         divisor: torch.Tensor | None,
-    ) -> None:
+    ) -> bool:
         adamw_(
             segment.main_params,
             segment.main_grads,
@@ -102,6 +102,7 @@ class AdamW(Optimizer):
             divisor=divisor,
             kernels=self.kernels,
         )
+        return True
 
 
 class SGD(Optimizer):
@@ -127,7 +128,7 @@ class SGD(Optimizer):
         lr: float,
         weight_decay: float,
         divisor: torch.Tensor | None,
-    ) -> None:
+    ) -> bool:
         sgd_(
             segment.main_params,
             segment.main_grads,
@@ -140,6 +141,7 @@ class SGD(Optimizer):
             divisor=divisor,
             kernels=self.kernels,
         )
+        return True
 
 
 def build_optimizer(

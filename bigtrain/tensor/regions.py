@@ -7,8 +7,7 @@ nothing travels and nothing is copied.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,22 +22,13 @@ from bigtrain.comm.collectives import (
 )
 from bigtrain.comm.mesh import Axis, Group
 from bigtrain.errors import BigtrainError
+from bigtrain.ops.first_order import first_order as first_order_of
 
-
-def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse to differentiate `backward` itself, where autograd would silently drop terms."""
-
-    @functools.wraps(backward)
-    def guarded(ctx: Any, *grads: torch.Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise BigtrainError(
-                "second derivatives through a parallel layer",
-                why="its backward communicates, and is not differentiable itself",
-                mend="leave create_graph off, or use plain layers for what needs it",
-            )
-        return backward(ctx, *grads)
-
-    return guarded
+first_order = first_order_of(
+    "a parallel layer",
+    why="its backward communicates, and is not differentiable itself",
+    mend="leave create_graph off, or use plain layers for what needs it",
+)
 
 
 class _SumGradients:

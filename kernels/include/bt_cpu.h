@@ -235,6 +235,30 @@ inline double halved(double (&all)[16]) {
   return all[0];
 }
 
+// The first and the second half of x as doubles. (g++ takes the way through memory of itself.)
+inline D widen_low(F x) {
+#if defined(__AVX512F__)
+  return (D)_mm512_maskz_cvtps_pd(0xff, _mm512_castps512_ps256((__m512)x));
+#elif defined(__AVX2__)
+  return (D)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
+#elif defined(__SSE2__)
+  return (D)_mm_cvtps_pd((__m128)x);
+#else
+  return D{x[0], x[1]};
+#endif
+}
+inline D widen_high(F x) {
+#if defined(__AVX512F__)
+  return (D)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 1));
+#elif defined(__AVX2__)
+  return (D)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
+#elif defined(__SSE2__)
+  return (D)_mm_cvtps_pd(_mm_movehl_ps((__m128)x, (__m128)x));
+#else
+  return D{x[2], x[3]};
+#endif
+}
+
 // 16 sums of squares in fp64, element j to sum j % 16; halves are added to each other.
 struct Squares16 {
   static constexpr int HALF = LANES / 2;
@@ -242,12 +266,10 @@ struct Squares16 {
 
   // x: 16 elements.
   void add(const F (&x)[16 / LANES]) {
-    for (int k = 0; k < 16 / HALF; k++) {
-      typedef float Half __attribute__((vector_size(4 * HALF)));
-      Half part;
-      memcpy(&part, (const char *)x + k * sizeof part, sizeof part);
-      const D wide = __builtin_convertvector(part, D);
-      lane[k] += wide * wide;
+    for (int k = 0; k < 16 / LANES; k++) {
+      const D low = widen_low(x[k]), high = widen_high(x[k]);
+      lane[2 * k] += low * low;
+      lane[2 * k + 1] += high * high;
     }
   }
 

@@ -48,8 +48,8 @@ inline F exp(F x) {
   return exp_bounded(max(all(-104.0f), min(all(89.0f), x)));  // in this order, NaN stays
 }
 
-// As exp, but zero where that is denormal. Processors take a hundred times as long over a result that
-// is denormal, or too small even for that, and of exp(-inf) there may be many.
+// As exp, but zero where that is denormal. Processors take a hundred times as long over a result
+// that is denormal, or too small even for that, and of exp(-inf) there may be many.
 inline F exp_or_zero(F x) {
   const F normal = exp_bounded(max(all(-87.3f), min(all(89.0f), x)));
   return choose(x < -87.3f, F{}, normal);

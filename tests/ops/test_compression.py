@@ -10,23 +10,17 @@ import pytest
 import torch
 
 from bigtrain.errors import BigtrainError
-from bigtrain.ops.compression import (
-    delta_apply_,
-    delta_pack_,
-    dequantize_mean,
-    num_blocks,
-    num_bytes,
-    quantize_,
-    sign_pack_,
-    sign_residual,
-    sign_unpack_mean,
-)
+from bigtrain.ops.delta import delta_apply_, delta_pack_
 from bigtrain.ops.library import Library
+from bigtrain.ops.message import num_blocks, num_bytes
+from bigtrain.ops.quantize import dequantize_mean, quantize_
+from bigtrain.ops.signs import sign_pack_, sign_residual, sign_unpack_mean
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # The last but one has a block larger than what a CUDA block has in shared memory.
 SIZES = [0, 1, 7, 63, 64, 65, 1000, 5000, 9001, 100_003]
 BLOCKS = [64, 128, 1024, 4096, 8256]
+SMALLEST = 2.0**-149
 SPECIAL = [0.0, -0.0, 1e-40, -1e-45, 3e-39, 1e-20, -65504.0, 1.0]
 
 
@@ -47,12 +41,15 @@ def numbers(
     Whole blocks of them are zeros, minus zeros or denormal.
     """
     draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(n + skip, generator=draw) * 10 ** (torch.randint(-3, 2, (n + skip,)).float())
+    powers = torch.randint(-3, 2, (n + skip,), generator=draw).float()
+    x = torch.randn(n + skip, generator=draw) * 10**powers
     special = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), x.shape, generator=draw)]
     x = torch.where(torch.rand(x.shape, generator=draw) < 0.02, special, x)
     x[skip + 128 : skip + 192] = 0.0
     x[skip + 192 : skip + 256] = -0.0
     x[skip + 256 : skip + 320] *= 1e-42
+    x[skip + 320 : skip + 384] = 10 * SMALLEST  # of which a seventh is rounded down by much
+    x[skip + 384 : skip + 448] = -180 * SMALLEST
     return x.to(dtype).to(device)[skip:]
 
 

@@ -256,6 +256,68 @@ def test_one_failure_is_enough_for_all_who_wait(
     assert len(attempts) == 2
 
 
+def test_a_damaged_library_in_the_cache_is_built_anew(
+    loaded: dict[str, Library],
+    empty_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole, path = loaded[BEST.name].path, build.cached(BEST)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(whole.read_bytes()[:5000])  # as a loss of power leaves it
+
+    def build_it(targets: list[build.Target], folder: Path) -> None:
+        shutil.copy(whole, folder / targets[0].file)
+
+    monkeypatch.setattr(build, "build", build_it)
+    found = find("cpu")
+    assert isinstance(found, Library)
+    assert found.path == path
+    (record,) = caplog.records
+    assert str(path) in record.message
+    assert "built anew" in record.message
+
+
+def test_a_cache_of_somebody_else_serves(
+    loaded: dict[str, Library], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert isinstance(find("cpu"), Library)
+
+
+def test_a_shipped_library_that_is_passed_over_is_named(
+    loaded: dict[str, Library], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not only where one is built in its place, also where another shipped one serves."""
+    if len(loaded) < 3:
+        pytest.skip("this processor has one target")
+    others = [target for target in build.cpu_targets() if build.runs_here(target)]
+    path = shipped(tmp_path, loaded[others[0].name].path)
+    path.write_bytes(b"damaged")
+    shutil.copy(loaded[others[1].name].path, tmp_path / "lib" / others[1].file)
+    found = find("cpu")
+    assert isinstance(found, Library)
+    assert found.target == others[1].name.removeprefix("cpu_")
+    assert f"{path} is not for this machine, or damaged" in caplog.text
+
+
+def test_architectures_that_an_older_nvcc_does_not_know(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho compute_80; echo compute_90\n")
+    nvcc.chmod(0o755)
+    known = build.known_to(str(nvcc), build.CUDA)
+    assert known.key() == build.CUDA.key()
+    assert not any("100" in flag for flag in known.flags)
+    assert "-gencode=arch=compute_90,code=compute_90" in known.flags
+    assert '-DBT_TARGET="sm_80 sm_90"' in known.flags
+    nvcc.write_text("#!/bin/sh\necho compute_50\n")
+    with pytest.raises(build.BuildError, match="none of the architectures"):
+        build.known_to(str(nvcc), build.CUDA)
+
+
 def test_a_cache_that_cannot_be_written(
     tiny: build.Target, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

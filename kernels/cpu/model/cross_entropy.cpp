@@ -75,11 +75,13 @@ void backward(int64_t rows, int64_t cols, const T *logits, int64_t row_stride,
       const float factor = (1.0f + 2.0f * z_loss * log_total) * by, less = uniform * by;
       const int64_t target = targets[row];
       const bool mine = 0 <= target && target < cols;
-      const F aim = mine ? exp_or_zero(all(get(x + target)) - log_total) * factor - less - hit * by : F{};
+      const auto slope = [=](F logit) { return exp_or_zero(logit - log_total) * factor - less; };
+      // Before the row is overwritten, if it is.
+      const float aim = mine ? slope(all(get(x + target)))[0] - hit * by : 0.0f;
       vectors(0, cols, [=](int64_t i, auto lanes) {
-        store(out + i, exp_or_zero(load(x + i, lanes) - log_total) * factor - less, lanes);
+        store(out + i, slope(load(x + i, lanes)), lanes);
       });
-      if (mine) set(out + target, aim[0]);
+      if (mine) set(out + target, aim);
     }
   });
 }

@@ -9,7 +9,7 @@ namespace {
 constexpr int GROUP = 64;  // elements that 16 neighbouring counters draw for
 constexpr int ROUNDS = 10;
 
-// Half as many 64-bit lanes. Philox works on their lower halves; upper halves hold what is left over.
+// Half as many 64-bit lanes. Philox works on their lower halves; the upper ones hold leftovers.
 typedef uint64_t L __attribute__((vector_size(4 * LANES)));
 
 // The product of the lower halves.
@@ -49,8 +49,8 @@ inline L upper(L x) {
 #endif
 }
 
-// The four words of the counters (low, high, 0, 0), in the lower halves. `high` is one number, so in
-// the first two rounds one product of two is one number, too.
+// The four words of the counters (low, high, 0, 0), in the lower halves. `high` is one number, so
+// in the first two rounds one product of two is one number, too.
 inline void philox(L low, uint32_t high, const Keys &keys, L (&word)[4]) {
   const L m0 = L{} + 0xd2511f53u, m1 = L{} + 0xcd9e8d57u;
   const L p = product(low, m0);
@@ -94,7 +94,7 @@ struct Dropping { uint32_t threshold; float keep_scale; };
 template <class T>
 void stretch(uint64_t e, int64_t count, const T *x, const T *bias, const T *residual, T *out,
              const Keys &keys, Dropping with) {
-  alignas(64) uint32_t words[GROUP + LANES] = {};  // the last vector may reach beyond the group
+  alignas(64) uint32_t words[GROUP + LANES] = {};  // vectors may reach beyond the group
   for (int64_t done = 0; done < count;) {
     const int64_t skip = (e + done) % GROUP;
     const int64_t here = count - done < GROUP - skip ? count - done : GROUP - skip;

@@ -37,13 +37,13 @@ inline I counted(Some mask, int64_t i, Part part) {
 
 constexpr int64_t KEPT = 4096;  // powers that there is room for beside y
 
-// One row, of which the first `count` keys may be allowed. The sign of the scale goes to x, and what
-// is multiplied by its size is then at most zero: rounding cannot make it greater.
+// One row, of which the first `count` keys may be allowed. The sign of the scale goes to x, and
+// what is multiplied by its size is then at most zero: rounding cannot make it greater.
 template <class Mask, class T>
 void forward_row(int64_t count, int64_t keys, const T *x, float scale, Mask mask, T *y) {
   const U sign = as_bits(all(scale)) & 0x80000000u;
   const F size = abs(all(scale));
-  const F lowest = all(-3.40282347e38f);  // of a row that is all -inf, what follows is zero, not NaN
+  const F lowest = all(-3.40282347e38f);  // so that of a row that is all -inf zeros follow, not NaN
   F highest[4] = {lowest, lowest, lowest, lowest};
   fours(0, count, [&](int k, int64_t i, auto lanes) {
     const F t = as_float(as_bits(load(x + i, lanes)) ^ sign);
@@ -84,7 +84,7 @@ void forward(Scores is, const T *x, float scale, bool causal, Mask mask, T *y) {
     for (int64_t row = begin; row < end; row++) {
       const int64_t t = row % is.queries, h = row / is.queries % is.heads;
       const int64_t b = row / is.queries / is.heads;
-      const int64_t last = causal ? t + is.keys - is.queries : is.keys;
+      const int64_t last = causal ? t + is.keys - is.queries + 1 : is.keys;
       const int64_t count = last < 0 ? 0 : last < is.keys ? last : is.keys;
       const T *from = x + row * is.keys;
       T *to = y + row * is.keys;

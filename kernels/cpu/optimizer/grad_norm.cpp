@@ -29,17 +29,20 @@ class Sum16 {
 template <bool DIVIDE, class T>
 double squares_of(T *x, int64_t count, float divisor, bool write, I &bad) {
   Squares16 squares;
-  for (int64_t i = 0; i < count; i += 16) {
+  const auto look = [&](int64_t i, int64_t here) {
     F value[16 / LANES];
-    load16(x + i, count - i, value);
+    load16(x + i, here, value);
     if (DIVIDE) {
       for (F &v : value) v /= divisor;
-      clear_behind(count - i, value);  // 0 / 0
+      if (here < 16) clear_behind(here, value);  // 0 / 0
     }
     for (const F v : value) bad -= !(abs(v) <= 3.402823466e38f);  // a lane that is true is -1
     squares.add(value);
-    if (write) store16(x + i, count - i, value);
-  }
+    if (DIVIDE && write) store16(x + i, here, value);
+  };
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) look(i, 16);
+  if (i < count) look(i, count - i);
   return squares.total();
 }
 

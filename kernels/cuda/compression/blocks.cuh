@@ -92,7 +92,8 @@ inline unsigned shares_of(int64_t n, int64_t block) {
   return unsigned((n + share_of(block) - 1) / share_of(block));
 }
 
-// value = load(i, count), the pack from i on, of a tile that begins at `begin`, to shared memory.
+// What load(i, count, value) gives for the packs of a tile that begins at `begin`, to shared memory.
+// All is loaded when it returns.
 template <typename Load>
 __device__ void fill(float *tile, int64_t begin, int count, Load load) {
   for (int k = threadIdx.x * PACK; k < count; k += THREADS * PACK) {
@@ -134,6 +135,7 @@ __device__ void scale_blocks(const Share &share, Load load, Measure measure, Sca
     __syncthreads();
   }
 
+  // From here on a thread has to do with its own packs of the tile alone.
   for (int64_t offset = 0; offset < share.size; offset += share.tile) {
     const int count = share.at(offset);
     if (share.size > share.tile) fill(tile, share.first + offset, count, load);
@@ -143,7 +145,6 @@ __device__ void scale_blocks(const Share &share, Load load, Measure measure, Sca
       keep(share.first + offset + k, count - k < PACK ? count - k : PACK, value,
            scale[k / stretch]);
     }
-    if (share.size > share.tile) __syncthreads();  // before the tile is filled again
   }
 }
 

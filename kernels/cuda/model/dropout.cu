@@ -4,8 +4,9 @@
 
 namespace {
 
-constexpr int GROUP = 64;            // elements that 16 neighbouring counters draw for
-constexpr int PER_THREAD = 4 * PACK;  // a thread has 8 of the counters: 4 packs, 16 elements apart
+// Elements that 16 neighbouring counters draw for. A thread has 8 of the counters, and so 4 packs
+// of elements, each 16 behind the one before.
+constexpr int GROUP = 64;
 
 struct Shape { int64_t samples, outer, inner, full_inner, offset, cols; };
 struct Dropping { uint32_t threshold; float keep_scale; };
@@ -78,7 +79,8 @@ __global__ void __launch_bounds__(THREADS)
             const int64_t *seeds, uint64_t salt, Dropping with, T *out, bool aligned) {
   const int64_t total = is.samples * is.outer * halves;
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; unit < total; unit += stride) {
+  int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (; unit < total; unit += stride) {
     const int64_t row = unit / halves, half = unit - row * halves, sample = row / is.outer;
     const int64_t begin = (row - sample * is.outer) * is.full_inner + is.offset;
     const int64_t group = begin / GROUP + half / 2, within = half % 2 * PACK;

@@ -5,7 +5,7 @@ namespace {
 
 struct Strides { int64_t batch, seq, head; };
 
-// A thread turns packs of pairs. A block has one position of a sample, or several if they are small.
+// A thread turns packs of pairs. A block has a position of a sample, or several if they are small.
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     rotary(int64_t rows, int64_t seq, int heads, int half, const T *x, Strides from, T *out,

@@ -1,5 +1,5 @@
-// Softmax of scaled scores over the keys that are allowed. A row is read twice, the second time from
-// a cache, and written once.
+// Softmax of scaled scores over the keys that are allowed. A row is read twice, the second time
+// from a cache, and written once.
 #include "rows.cuh"
 
 namespace {
@@ -10,7 +10,8 @@ struct Mask {
   int64_t batch_stride, head_stride, query_stride;
 };
 
-// Elements [i, i + count) of a row, with the sign of the scale, and LOWEST where not allowed.
+// t = elements [i, i + count) of a row, times the sign of the scale. Bit k: whether element k of
+// them is allowed.
 template <typename T>
 __device__ inline uint32_t load_scores(const T *row, const uint8_t *mask, int64_t i, int count,
                                        bool aligned, bool negative, float (&t)[PACK]) {
