@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from bigtrain.ops.library import Library
-from bigtrain.ops.op import Kernels, Op, check_alike, check_dtype, chosen, fail
+from bigtrain.ops.op import Kernels, Op, check_alike, check_dtype, chosen, fail, precision
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -247,8 +247,7 @@ def _bias_gelu_backward_reference(
 def _bias_gelu_backward_fake(
     dout: torch.Tensor, x: torch.Tensor, bias: Any, by_tanh: bool, for_bias: bool
 ) -> Pair:
-    precision = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return _like(x), x.new_empty(x.shape[-1] * for_bias, dtype=precision)
+    return _like(x), x.new_empty(x.shape[-1] * for_bias, dtype=precision(x))
 
 
 _BIAS_GELU_BACKWARD = Op(

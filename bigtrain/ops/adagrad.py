@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from bigtrain.ops.flat import LOW, divided, dtype_of, quotient, root, sum64, write
+from bigtrain.ops.flat import LOW, divided, dtype_of, quotient, root, sum_in_lanes, write
 from bigtrain.ops.library import Library
 from bigtrain.ops.op import (
     Kernels,
@@ -120,7 +120,7 @@ def _reference(
         return
     old, old_sums = main[rows], sums[rows]
     g = divided(grad.view(len(rows), size), divisor) + old * weight_decay
-    total = old_sums + (quotient(sum64(g * g), float(size)) if per_row else g * g)
+    total = old_sums + (quotient(sum_in_lanes(g * g, 64), float(size)) if per_row else g * g)
     below = root(total)[:, None] if per_row else root(total)
     new, kept = old - g * lr / (below + eps), (old_sums, old)
     write(divisor, (old_sums, total), (old, new))

@@ -13,7 +13,16 @@ import torch
 from bigtrain.errors import BigtrainError
 from bigtrain.ops.first_order import first_order
 from bigtrain.ops.library import Library
-from bigtrain.ops.op import Kernels, Op, check_alike, check_dtype, chosen, fail, library_for
+from bigtrain.ops.op import (
+    Kernels,
+    Op,
+    check_alike,
+    check_dtype,
+    chosen,
+    fail,
+    library_for,
+    precision,
+)
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -81,7 +90,7 @@ def cross_entropy_grad(
             raise fail(name, f"{argument} is {tuple(tensor.shape)}", mend="pass one number a row")
     if out is not None and (out.shape, out.dtype) != (logits.shape, logits.dtype):
         raise fail(name, f"out is {tuple(out.shape)}, {out.dtype}", mend="make it as logits are")
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = precision(logits)
     args = (logits, targets, log_sum.to(wide), scale.to(wide), z_loss, uniform, hit)
     with torch.no_grad():
         if not chosen(name, kernels, logits, out):
@@ -224,7 +233,7 @@ def _parts_fake(
     logits: torch.Tensor, targets: torch.Tensor, with_sum: bool
 ) -> tuple[torch.Tensor, ...]:
     """Return tensors to write the numbers into."""
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = precision(logits)
     sizes = (len(logits),) * 3 + (len(logits) if with_sum else 0,)
     return tuple(logits.new_empty(size, dtype=wide) for size in sizes)
 
@@ -344,7 +353,7 @@ def _reference(
 
 
 def _losses_fake(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = precision(logits)
     return logits.new_empty(len(logits), dtype=wide), logits.new_empty(len(logits), dtype=wide)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from bigtrain.errors import BigtrainError
 from bigtrain.ops.library import Library
-from bigtrain.ops.op import Kernels, Op, check_alike, check_dtype, chosen, fail
+from bigtrain.ops.op import Kernels, Op, check_alike, check_dtype, chosen, fail, precision
 
 Part = tuple[int, int, int]  # dim, rank, degree
 
@@ -280,7 +280,7 @@ def _reference(
         outer = x[0].numel() // inner
         words = draws(seeds, salt, outer * full_inner).view(len(x), outer, full_inner)
         kept = (words[..., offset : offset + inner] >= threshold).reshape(x.shape)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = precision(x)
     y = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
     y = torch.where(kept, y * keep_scale, 0.0)
     return (y if residual is None else y + residual.to(wide)).to(x.dtype)

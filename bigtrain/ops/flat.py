@@ -59,10 +59,10 @@ def write(divisor: torch.Tensor | None, *pairs: tuple[torch.Tensor | None, torch
             place.copy_(fresh if divisor is None else torch.where(divisor.isfinite(), fresh, place))
 
 
-def sum64(x: torch.Tensor) -> torch.Tensor:
-    """Return the sum over the last dim: 64 lanes in turn, then halves added to each other."""
-    lanes = torch.nn.functional.pad(x, (0, -x.shape[-1] % 64)).unflatten(-1, (-1, 64))
-    total = torch.zeros_like(lanes[..., 0, :])
+def sum_in_lanes(x: torch.Tensor, num_lanes: int) -> torch.Tensor:
+    """Return the sum over the last dim: lanes in turn, then halves added to each other."""
+    lanes = torch.nn.functional.pad(x, (0, -x.shape[-1] % num_lanes)).unflatten(-1, (-1, num_lanes))
+    total = x.new_zeros(*x.shape[:-1], num_lanes)
     for number in range(lanes.shape[-2]):
         total = total + lanes[..., number, :]
     while total.shape[-1] > 1:

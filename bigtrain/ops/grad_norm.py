@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bigtrain.ops.flat import LOW, divided
+from bigtrain.ops.flat import LOW, divided, sum_in_lanes
 from bigtrain.ops.library import Library
 from bigtrain.ops.op import Kernels, Op, check_alike, check_apart, check_dtype, check_flat, chosen
 
@@ -105,25 +105,13 @@ def _norm_reference(tensors: list[torch.Tensor], divisor: torch.Tensor | None) -
     for tensor in tensors:
         values = divided(tensor.flatten(), divisor)
         numbers = torch.stack((values.double().square(), (~values.isfinite()).double()))
-        parts = _sum16(_cut(numbers, PART))  # [2, parts]
-        chunks.append(_sum16(_cut(parts, CHUNK // PART)).T)
-    return _sum16(torch.cat(chunks).T)
+        parts = sum_in_lanes(_cut(numbers, PART), 16)  # [2, parts]
+        chunks.append(sum_in_lanes(_cut(parts, CHUNK // PART), 16).T)
+    return sum_in_lanes(torch.cat(chunks).T, 16)
 
 
 def _cut(x: torch.Tensor, size: int) -> torch.Tensor:
     return F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
-
-
-def _sum16(x: torch.Tensor) -> torch.Tensor:
-    """Return the sum over the last dim: 16 lanes in turn, then halves added to each other."""
-    lanes = _cut(x, 16)
-    total = torch.zeros_like(x[..., :1]).expand(*x.shape[:-1], 16)
-    for number in range(lanes.shape[-2]):
-        total = total + lanes[..., number, :]
-    while total.shape[-1] > 1:
-        first, second = total.chunk(2, dim=-1)
-        total = first + second
-    return total[..., 0]
 
 
 def _unscale_reference(tensors: list[torch.Tensor], divisor: torch.Tensor | None) -> torch.Tensor:

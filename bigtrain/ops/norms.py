@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bigtrain.ops.library import Library
-from bigtrain.ops.op import Kernels, Op, check_alike, check_dtype, chosen, fail
+from bigtrain.ops.op import Kernels, Op, check_alike, check_dtype, chosen, fail, precision
 
 _Shape = int | list[int] | torch.Size
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -165,22 +165,17 @@ def _check(
 # -- the operations --------------------------------------------------------------------------------
 
 
-def _precision(x: torch.Tensor) -> torch.dtype:
-    """Return what is computed in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _new_stats(x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], 2), dtype=_precision(x))
+    return x.new_empty((*x.shape[:-1], 2), dtype=precision(x))
 
 
 def _stats(x: torch.Tensor, rms: bool, eps: float) -> torch.Tensor:
     """Return the mean (RMSNorm: 0) and 1 / sqrt(variance + eps) of each row, [..., 2]."""
-    wide = x.to(_precision(x))
+    wide = x.to(precision(x))
     mean = wide.mean(-1, keepdim=True)
     if rms:
         mean = torch.zeros_like(mean)
@@ -483,5 +478,5 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x, [..., *normalized_shape], normalised."""
         rows, weight, _ = _of_module(self, x)
-        eps = torch.finfo(_precision(x)).eps if self.eps is None else self.eps  # as torch has it
+        eps = torch.finfo(precision(x)).eps if self.eps is None else self.eps  # as torch has it
         return rms_norm(rows, weight, eps, kernels=self.kernels).view_as(x)

@@ -146,6 +146,11 @@ def _floats(args: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _floats(arg)
 
 
+def precision(x: torch.Tensor) -> torch.dtype:
+    """Return what a reference computes in: fp32, but fp64 for fp64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 # -- argument checks -------------------------------------------------------------------------------
 
 

@@ -7,7 +7,16 @@ from typing import Any
 import torch
 
 from bigtrain.ops.library import Library
-from bigtrain.ops.op import Kernels, Op, check_alike, check_unfolded, chosen, fail, library_for
+from bigtrain.ops.op import (
+    Kernels,
+    Op,
+    check_alike,
+    check_unfolded,
+    chosen,
+    fail,
+    library_for,
+    precision,
+)
 
 
 def rotary(
@@ -31,7 +40,7 @@ def rotary(
     if inplace:
         check_unfolded("rotary", x=x)
     if table.dtype != torch.float32 or not table.is_contiguous():
-        table = table.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+        table = table.to(precision(x)).contiguous()
     seq_dim %= 4
     if not chosen("rotary", kernels, x, table):
         turned = _turned(x, table, seq_dim, 1.0)

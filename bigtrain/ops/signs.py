@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from bigtrain.ops.flat import LOW, root, sum64
+from bigtrain.ops.flat import LOW, root, sum_in_lanes
 from bigtrain.ops.library import Library
 from bigtrain.ops.message import (
     Pair,
@@ -107,7 +107,7 @@ def _sign_pack_reference(
     new = blocks_of(x, block) + (old - torch.copysign(column(state_scales), old))
     there = blocks_of(torch.ones_like(state), block)  # zero behind the last element
     new = torch.where(there != 0, new, 0.0)
-    mean = sum64(new.abs() if mean_abs else new * new) / there.sum(1)
+    mean = sum_in_lanes(new.abs() if mean_abs else new * new, 64) / there.sum(1)
     s = rounded(mean if mean_abs else root(mean), scales.dtype)
     good = s.isfinite()
     signs = torch.where(column(good), torch.signbit(new), False)

@@ -8,7 +8,7 @@ import torch
 
 from bigtrain.ops.first_order import first_order
 from bigtrain.ops.library import Library
-from bigtrain.ops.op import Kernels, Op, check_alike, chosen, fail
+from bigtrain.ops.op import Kernels, Op, check_alike, chosen, fail, precision
 
 
 def masked_softmax(
@@ -116,7 +116,7 @@ _SOFTMAX = Op(
 
 
 def _grad_reference(dy: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
-    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    wide = precision(y)
     grad, result = dy.to(wide), y.to(wide)
     total = (grad * result).sum(-1, keepdim=True)
     return (scale * (result * (grad - total))).to(y.dtype)
