@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from bigtrain.ops.library import Library
-from bigtrain.ops.op import Kernels, Op, check_alike, check_dtype, chosen, fail, precision
+from bigtrain.ops.op import Kernels, Op, check_alike, check_dtype, chosen, fail, precision, widened
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -88,11 +88,6 @@ def _check_floating(name: str, **tensors: torch.Tensor) -> None:
 # -- shared ----------------------------------------------------------------------------------------
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor in what is computed in."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def _like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -132,7 +127,7 @@ def _swiglu_kernel(library: Library, gate: torch.Tensor, up: torch.Tensor) -> to
 
 
 def _swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype).contiguous()
+    return (F.silu(widened(gate)) * widened(up)).to(gate.dtype).contiguous()
 
 
 def _swiglu_backward_kernel(
@@ -149,9 +144,9 @@ def _swiglu_backward_kernel(
 
 
 def _swiglu_backward_reference(dout: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Pair:
-    d, g = _wide(dout), _wide(gate)
+    d, g = widened(dout), widened(gate)
     s = torch.sigmoid(g)
-    dgate, dup = d * _wide(up) * (s + g * s * (1 - s)), d * (g * s)
+    dgate, dup = d * widened(up) * (s + g * s * (1 - s)), d * (g * s)
     return dgate.to(gate.dtype).contiguous(), dup.to(up.dtype).contiguous()
 
 
@@ -198,7 +193,7 @@ def _bias_gelu_kernel(
 
 
 def _bias_gelu_reference(x: torch.Tensor, bias: torch.Tensor | None, by_tanh: bool) -> torch.Tensor:
-    wide = _wide(x) if bias is None else _wide(x) + _wide(bias)
+    wide = widened(x) if bias is None else widened(x) + widened(bias)
     y = F.gelu(wide, approximate="tanh" if by_tanh else "none")
     return y.to(x.dtype).contiguous()
 
@@ -235,8 +230,8 @@ def _bias_gelu_backward_reference(
     by_tanh: bool,
     for_bias: bool,
 ) -> Pair:
-    wide = _wide(x) if bias is None else _wide(x) + _wide(bias)
-    d = torch.ops.aten.gelu_backward(_wide(dout), wide, approximate="tanh" if by_tanh else "none")
+    wide = widened(x) if bias is None else widened(x) + widened(bias)
+    d = torch.ops.aten.gelu_backward(widened(dout), wide, approximate="tanh" if by_tanh else "none")
     if not for_bias:
         dbias = d.new_zeros(0)
     else:

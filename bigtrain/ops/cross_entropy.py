@@ -22,6 +22,7 @@ from bigtrain.ops.op import (
     fail,
     library_for,
     precision,
+    widened,
 )
 
 LOWEST = torch.finfo(torch.float32).min
@@ -189,10 +190,6 @@ def _refuse_outside(targets: torch.Tensor, size: int, ignore_index: int) -> None
         )
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
@@ -203,7 +200,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _parts_reference(
     logits: torch.Tensor, targets: torch.Tensor, with_sum: bool
 ) -> tuple[torch.Tensor, ...]:
-    x, columns = _wide(logits), logits.shape[1]
+    x, columns = widened(logits), logits.shape[1]
     if columns == 0:
         most, zero = x.new_full((len(x),), LOWEST), x.new_zeros(len(x))
         return most, zero, zero.clone(), zero.clone() if with_sum else x.new_empty(0)
@@ -259,7 +256,7 @@ def _grad_reference(
     uniform: float,
     hit: float,
 ) -> torch.Tensor:
-    result = (_wide(logits) - log_sum[:, None]).exp()
+    result = (widened(logits) - log_sum[:, None]).exp()
     if z_loss:
         result *= (1 + 2 * z_loss * log_sum)[:, None]
     if uniform:
@@ -339,7 +336,7 @@ def _reference(
     inplace: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _refuse_outside(targets, logits.shape[1], ignore_index)
-    x = _wide(logits)
+    x = widened(logits)
     ignored = targets == ignore_index
     most = x.detach().amax(-1).clamp(min=LOWEST)
     rest = (x - most[:, None]).exp().sum(-1).log()

@@ -151,6 +151,11 @@ def precision(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """Return x in that precision."""
+    return x.to(precision(x))
+
+
 # -- argument checks -------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import torch
 
 from bigtrain.errors import BigtrainError
 from bigtrain.kernels import build
+from bigtrain.machine import num_cores
 from bigtrain.ops.library import DTYPES, Library, Missing, find
 from bigtrain.ops.op import LEFT_TO_TORCH
 
@@ -36,7 +37,7 @@ OPERATIONS = {
 
 def doctor_lines() -> Iterator[str]:
     """Yield what this machine is, which kernel libraries it has, and who does each operation."""
-    yield f"machine  {platform.machine()}, {build.num_cores()} core(s), {_gpus()}"
+    yield f"machine  {platform.machine()}, {num_cores()} core(s), {_gpus()}"
     yield f"python   {platform.python_version()}, torch {torch.__version__}"
     libraries = {}
     for kind in ("cpu", "cuda"):
