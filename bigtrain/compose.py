@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
 from bigtrain.comm.block import Shard, shards_of
-from bigtrain.comm.buckets import build_buckets, check_trainable
+from bigtrain.comm.buckets import Sharing, Wanted, build_buckets, check_trainable
 from bigtrain.comm.collectives import all_gather_object, together
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Axis, Mesh
 from bigtrain.comm.p2p import Links
-from bigtrain.comm.sync import Replicated
+from bigtrain.comm.sync import GradientSync, Replicated
+from bigtrain.config.schema import ZeroSection
 from bigtrain.errors import BigtrainError
 from bigtrain.ops.dropout import number_dropout
 from bigtrain.optim import decay_kind
@@ -36,6 +37,13 @@ from bigtrain.pipeline.validate import validate
 from bigtrain.tensor import Plan, apply_tensor_parallel
 from bigtrain.tensor.apply import broadcast_replicated
 from bigtrain.tensor.plan import match_plan
+from bigtrain.zero.keeper import Keeper
+from bigtrain.zero.sharded import Sharded
+from bigtrain.zero.state import state_memory
+from bigtrain.zero.wire import make_wire
+
+KindOf = Callable[[str, nn.Parameter], str]
+FROZEN = "frozen"
 
 
 def parallelize(
@@ -47,6 +55,8 @@ def parallelize(
     tp_chunks: int = 1,
     dtype: torch.dtype = torch.float32,
     bucket_mb: float = 25.0,
+    zero: int | ZeroSection = 0,
+    kind_of: KindOf = decay_kind,
 ) -> GradientPath:
     """Spread `model` over `mesh`, in place, and return the path that its gradients take.
 
@@ -75,6 +85,8 @@ def parallelize(
         tp_chunks=tp_chunks,
         dtype=dtype,
         bucket_mb=bucket_mb,
+        zero=zero,
+        kind_of=kind_of,
     )
     return pipeline.path
 
@@ -94,6 +106,8 @@ def build_pipeline(
     tp_chunks: int = 1,
     dtype: torch.dtype = torch.float32,
     bucket_mb: float = 25.0,
+    zero: int | ZeroSection = 0,
+    kind_of: KindOf = decay_kind,
 ) -> Pipeline:
     """Spread `model` over `mesh`, in place, its pipeline axis included; return what runs it.
 
@@ -105,6 +119,8 @@ def build_pipeline(
     split: where stages but the first begin, by the names of units: the layers that the model lists
         (`pipeline_layers()`), or any modules of it. None: stages of about equal cost.
     cost: "counted" (operations, from shapes alone) or "measured" (time on the first rank's CPU).
+    zero: what data-parallel ranks share out, a stage or all about it (see docs/zero.md).
+    kind_of(name, parameter): what the optimizer does with it; `decay_kind`, or `kinds_for` of one.
     example, loss_of: a batch (of one microbatch) and the loss function that will be used. Needed
         to find the units of a model that lists no layers, and to balance; all ranks give the same.
 
@@ -135,7 +151,8 @@ def build_pipeline(
     cut = _cut(model, mesh, chain, bounds, placement, dtype)
     model.to(mesh.device)
     _cast_untrained(model, dtype)
-    path = _path(model, mesh, cut, dtype, bucket_mb)
+    section = zero if isinstance(zero, ZeroSection) else _zero_section(zero)
+    path = _path(model, mesh, cut, dtype, bucket_mb, section, kind_of)
     stages = [whole(model)]
     if chain is not None:
         here = [stage for stage, rank in enumerate(placement) if rank == mesh.pp.rank]
@@ -146,47 +163,110 @@ def build_pipeline(
     return Pipeline(path, stages, mesh.pp, links, table_for, placement, every)
 
 
+def _zero_section(stage: int) -> ZeroSection:
+    if stage not in (0, 1, 2, 3):
+        raise BigtrainError(
+            f"zero={stage!r} is no stage",
+            why="0 copies everything; 1 shares optimizer state, 2 gradients too, 3 parameters too",
+            mend="use 0, 1, 2 or 3, or a ZeroSection",
+        )
+    return ZeroSection(stage=stage)  # type: ignore[arg-type]
+
+
 def _path(
-    model: nn.Module, mesh: Mesh, cut: _Cut, dtype: torch.dtype, bucket_mb: float
+    model: nn.Module,
+    mesh: Mesh,
+    cut: _Cut,
+    dtype: torch.dtype,
+    bucket_mb: float,
+    zero: ZeroSection,
+    kind_of: KindOf,
 ) -> GradientPath:
     """Put what this rank trains into buckets, equal on all ranks that hold it."""
-    axes = {
-        holders: mesh.across_stages(holders)
-        for holders in sorted({cut.holders[n] for t, n in cut.names.items() if _is_param(t)})
-        if len(holders) > 1
-    }
-
-    def axis_of(name: str) -> Axis:
-        return axes.get(cut.holders[name], mesh.dp)
-
+    sharings = _Sharings(mesh, zero, {cut.holders[n] for t, n in cut.names.items() if _is_param(t)})
     own = {*model.parameters(), *model.buffers()}
     names = {tensor: name for tensor, name in cut.names.items() if tensor in own}
     # What stages share comes last in backward, so it is first here: buckets go the other way.
     parameters = sorted(
-        ((name, p) for p, name in names.items() if isinstance(p, nn.Parameter)),
+        ((name, p) for p, name in names.items() if _is_param(p)),
         key=lambda item: len(cut.holders[item[0]]) == 1,
     )
-    buckets = build_buckets(
-        parameters,
-        bucket_mb=bucket_mb,
-        dtype=dtype,
-        kind_of=decay_kind,
-        shards=cut.shards,
-        axis_of=axis_of,
-    )
-    axes_of_model = (mesh.tp, mesh.pp)
-    path = GradientPath(
+    wanted = [
+        Wanted(
+            name,
+            p,
+            kind_of(name, p) if p.requires_grad else FROZEN,
+            cut.shards[name],
+            sharings.of(cut.holders[name], p),
+            cut.stages_of(p),
+        )
+        for name, p in parameters
+        if p.requires_grad or (zero.stage == 3 and p.is_floating_point())
+    ]
+    memory = state_memory(zero.offload, zero.offload_dir, mesh.device)
+    buckets = build_buckets(wanted, bucket_mb=bucket_mb, dtype=dtype, new_state=memory)
+    return GradientPath(
         model,
         buckets,
-        Replicated(mesh.dp),
+        sharings.sync(),
         cut.shards,
-        axes_of_model,
+        (mesh.tp, mesh.pp),
+        mesh.tp,
         names=names,
-        axis_of=axis_of,
+        axis_of=lambda name: sharings.axis_of(cut.holders[name]),
         device=mesh.device,
     )
-    path.equalize()
-    return path
+
+
+class _Sharings:
+    """How parameters are shared, by the pipeline ranks that hold them. Every rank makes this."""
+
+    def __init__(self, mesh: Mesh, zero: ZeroSection, holders: Set[tuple[int, ...]]) -> None:
+        self.mesh, self.zero = mesh, zero
+        tied = sorted(ranks for ranks in holders if len(ranks) > 1)
+        self._axes = {ranks: mesh.across_stages(ranks) for ranks in tied}
+        if zero.stage:
+            self.inner = mesh.share(zero.shard_degree)
+            self.outer = mesh.beside(self.inner)
+            self._outers = {ranks: mesh.beside(self.inner, ranks) for ranks in tied}
+        self._known: dict[tuple[Axis, bool], Sharing] = {}
+
+    def axis_of(self, holders: tuple[int, ...]) -> Axis:
+        """Return the data-parallel ranks of those stages."""
+        return self._axes.get(holders, self.mesh.dp)
+
+    def of(self, holders: tuple[int, ...], param: nn.Parameter) -> Sharing:
+        """Return how one parameter is shared; the same object for all that are shared alike."""
+        axis, zero = self.axis_of(holders), self.zero
+        small = param.numel() < zero.persistent_numel
+        if (axis, small) not in self._known:
+            self._known[axis, small] = Sharing.none(axis)
+            if zero.stage:
+                shared = self.inner.degree > 1
+                self._known[axis, small] = Sharing(
+                    axis,
+                    self.inner,
+                    self._outers.get(holders, self.outer),
+                    # Stages would wait for each other in every microbatch.
+                    sharded_grads=shared and zero.stage >= 2 and axis is self.mesh.dp,
+                    sharded_params=shared and zero.stage == 3 and not small,
+                )
+        return self._known[axis, small]
+
+    def sync(self) -> GradientSync:
+        """Return the strategy. Every rank calls this."""
+        mesh, zero = self.mesh, self.zero
+        if not zero.stage:
+            return Replicated(mesh.dp)
+        keeper = Keeper(
+            mesh.share(zero.shard_degree, own_group=True),
+            mesh.device,
+            reshard_after_forward=zero.reshard_after_forward,
+            prefetch=zero.prefetch,
+            agreed=zero.order == "agreed",
+        )
+        wire = make_wire(zero.reduce_dtype)
+        return Sharded(mesh.dp, self.inner, self.outer, wire, keeper, zero.in_flight)
 
 
 def _is_param(tensor: torch.Tensor) -> TypeGuard[nn.Parameter]:
@@ -261,6 +341,11 @@ class _Cut:
     holders: Mapping[str, tuple[int, ...]]
     shards: Mapping[str, Shard]
     stage_parameters: Sequence[Sequence[nn.Parameter]]
+    stages: Mapping[torch.Tensor, tuple[int, ...]]
+
+    def stages_of(self, tensor: torch.Tensor) -> tuple[int, ...]:
+        """Return the stages on this rank that use a parameter."""
+        return self.stages.get(tensor, (0,))
 
 
 def _cut(
@@ -275,7 +360,7 @@ def _cut(
     names = {tensor: name for name, tensor in every}
     shards = _all_shards(model, mesh.tp)
     if chain is None:
-        return _Cut(names, dict.fromkeys(names.values(), (0,)), shards, [])
+        return _Cut(names, dict.fromkeys(names.values(), (0,)), shards, [], {})
     owned = [chain.owned(*each) for each in bounds]
     tensors = [tensors_of(model, each) for each in owned]
     known = {tensor for each in tensors for tensor in each}
@@ -295,7 +380,11 @@ def _cut(
     here = [mine for rank, mine in zip(placement, owned, strict=True) if rank == mesh.pp.rank]
     prune(model, set().union(*here), dtype, mesh.device)
     trained = [[t for t in mine if _is_param(t) and t.requires_grad] for mine in tensors]
-    return _Cut(names, holders, shards, trained)
+    stages: dict[torch.Tensor, tuple[int, ...]] = {}
+    for stage, (rank, mine) in enumerate(zip(placement, tensors, strict=True)):
+        for tensor in mine if rank == mesh.pp.rank else ():
+            stages[tensor] = (*stages.get(tensor, ()), stage)
+    return _Cut(names, holders, shards, trained, stages)
 
 
 def _held(shard: Shard, holders: tuple[int, ...], rank: int) -> Shard:

@@ -95,6 +95,7 @@ class Trainer:
             tp_chunks=config.parallel.tp_chunks,
             dtype=self.dtype,
             bucket_mb=config.parallel.bucket_mb,
+            zero=config.zero,
         )
         self.path = self.pipeline.path
         self.optimizer = build_optimizer(self.path.segments(), config.optimizer, config.run.kernels)
@@ -128,6 +129,7 @@ class Trainer:
                 saved = self.step
         if saved != self.step:
             self.save()
+        self.path.settle()
 
     def train_step(self) -> StepRecord:
         """Do one optimizer update over one global batch.
@@ -180,7 +182,7 @@ class Trainer:
         finite = math.isfinite(loss_sum) and math.isfinite(norm)
         if finite:
             self.num_skipped = 0
-            self.optimizer.step(rate, self._divisor(norm, correction))
+            self.optimizer.step(rate, self._divisor(norm, correction), self.path.publish)
             self.path.publish()
         else:
             self._on_nonfinite(micros.ids, losses)
@@ -434,7 +436,9 @@ class Trainer:
         for moment, flats in self.optimizer.moments.items():
             yield from path.blocks(f"optimizer.{moment}.", flats)
         # What is in no bucket: persistent buffers and frozen parameters, the same on all ranks.
-        known = {id(slot.param) for bucket in path.buckets for slot in bucket.slots}
+        yield from path.frozen_blocks("model.")
+        every = [*path.buckets, *path.frozen]
+        known = {id(slot.param) for bucket in every for slot in bucket.slots}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if not isinstance(tensor, torch.Tensor):
                 raise CheckpointError(

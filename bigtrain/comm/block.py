@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bigtrain.errors import BigtrainError
-
 
 @dataclass(frozen=True)
 class Block:
@@ -28,23 +26,25 @@ class Block:
         return cls((0,) * len(shape), tuple(shape))
 
     @classmethod
-    def rows(cls, shape: Sequence[int], start: int, stop: int) -> Block:
-        """Return elements [start, stop) of the flattened tensor, which must be whole rows.
+    def cover(cls, shape: Sequence[int], start: int, stop: int) -> Iterator[Block]:
+        """Yield the blocks that elements [start, stop) of the flattened tensor are, in order.
 
-        Raises:
-            BigtrainError: the cut is inside a row, so the part is no rectangle.
+        Whole rows are one block; what is left of a row at either end is cut likewise, dim by dim.
         """
         if (start, stop) == (0, math.prod(shape)):
-            return cls.whole(shape)
+            yield cls.whole(shape)
+            return
         row = math.prod(shape[1:])
-        if start % row or stop % row:
-            raise BigtrainError(
-                f"elements {start} to {stop} of a tensor of shape {tuple(shape)} are no block",
-                why=f"a row has {row} elements, and cuts must fall between rows",
-                mend="cut at a multiple of the row size",
-            )
-        first, last = start // row, stop // row
-        return cls((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
+        while start < stop:
+            first, inside = divmod(start, row)
+            if inside or stop - start < row:
+                end = min(stop, (first + 1) * row)
+                for part in cls.cover(shape[1:], inside, end - first * row):
+                    yield cls((first, *part.offsets), (1, *part.sizes))
+            else:
+                end = stop // row * row
+                yield cls((first, *(0 for _ in shape[1:])), ((end - start) // row, *shape[1:]))
+            start = end
 
     @property
     def numel(self) -> int:

@@ -1,25 +1,30 @@
-"""Flat buckets: one contiguous buffer each for parameters, main parameters and main gradients.
+"""Flat buckets: contiguous buffers for parameters, main parameters and main gradients.
 
-A bucket is what one collective carries and what the optimizer updates in one pass. Inside it,
-parameters of one kind (decayed, not decayed) lie side by side, so that a kind is one flat segment.
+A bucket is what one collective carries and what the optimizer updates in one pass. The ranks that
+hold the same parameters may share it out: each then owns one block of it, and all blocks are of one
+size. Inside a bucket, parameters of one kind (decayed, not decayed) lie side by side, so that a
+kind is one flat segment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from bigtrain.comm.block import Shard
+from bigtrain.comm.collectives import broadcast
 from bigtrain.comm.mesh import Axis
 from bigtrain.errors import BigtrainError
 
-_ALIGNMENT = 16  # elements: 64 bytes of fp32, a cache line and a vector register
+ALIGNMENT = 16  # elements: 64 bytes of fp32, a cache line and a vector register
+WHOLE_KINDS = frozenset({"matrix"})  # of parameters that only one rank can update: not cut
+NewState = Callable[[int], torch.Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """The place of one parameter in its bucket: elements [start, start + numel).
 
@@ -30,14 +35,16 @@ class Slot:
     param: nn.Parameter
     kind: str
     shard: Shard
-    start: int
-    # Of the step under way: has a gradient arrived, and is it the last that will?
+    shape: torch.Size
+    start: int = 0
+    # Of the gradients under way: has one arrived, and is it the last that will?
     touched: bool = False
     ready: bool = False
+    version: int = 0  # of the parameter, when what it holds was last taken note of
 
     @property
     def stop(self) -> int:
-        return self.start + self.param.numel()
+        return self.start + self.shape.numel()
 
     @property
     def sort(self) -> tuple[str, int]:
@@ -46,48 +53,120 @@ class Slot:
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
         """Return this parameter's part of a flat buffer of the bucket, in its own shape."""
-        return flat[self.start : self.stop].view(self.param.shape)
+        return flat[self.start : self.stop].view(self.shape)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Sharing:
+    """How the ranks of `axis`, which hold the same parameters, share them.
+
+    Each rank of `inner` owns a block; the ranks of `outer` own the same one. Gradients and
+    parameters that are `sharded` are there as blocks only, but for the moments of their use.
+    """
+
+    axis: Axis
+    inner: Axis
+    outer: Axis
+    sharded_grads: bool = False
+    sharded_params: bool = False
+
+    @classmethod
+    def none(cls, axis: Axis) -> Sharing:
+        """Return that every rank of `axis` has everything."""
+        return cls(axis, Axis.of(None, axis.name), axis)
+
+
+@dataclass(eq=False)
 class Bucket:
-    """Some parameters as flat buffers, all of the same length (padding stays zero).
+    """Some parameters as flat buffers of `numel` elements (padding stays zero).
 
-    axis: the ranks whose gradients are summed: those that hold the same parameters.
     params: what the model computes with, in the model's dtype; the parameters are views of it.
-    main_params, main_grads: fp32. With an fp32 model `main_params` is `params` itself.
+    Where parameters are sharded, its memory is there only while they are used.
+    shard: of these, the block that this rank owns: a view, or memory of its own.
+    main_params, main_grads: fp32, of that block. With an fp32 model `main_params` is `shard`
+    itself, unless the optimizer's state lives elsewhere; otherwise an update leaves its result in
+    `low_params` too, for `shard`.
+    grads: fp32, all of them; where they are sharded, None but while backward fills it.
+    stages: the pipeline stages of this rank that use these parameters.
     """
 
     index: int
-    axis: Axis
+    sharing: Sharing
+    stages: tuple[int, ...]
     slots: list[Slot]
     params: torch.Tensor
+    shard: torch.Tensor
     main_params: torch.Tensor
+    low_params: torch.Tensor | None
     main_grads: torch.Tensor
-    rounded: bool = False  # by who updated `main_params`, in the same pass
+    grads: torch.Tensor | None
+    new_state: NewState
+    rounded: bool = False  # `low_params`, by who updated `main_params`
+    collected: bool = False  # `main_grads` has gradients of this step
+    gaps: list[tuple[int, int]] = field(default_factory=list)  # padding: [start, stop)
 
-    def round(self) -> None:
-        """Let `params` be `main_params` in the model's dtype."""
-        if self.params is not self.main_params and not self.rounded:
-            self.params.copy_(self.main_params)
-        self.rounded = False
+    @property
+    def axis(self) -> Axis:
+        """The ranks whose gradients are summed: those that hold the same parameters."""
+        return self.sharing.axis
 
     @property
     def numel(self) -> int:
         return self.params.numel()
 
-    def segments(self, start: int, stop: int) -> Iterator[Segment]:
-        """Cut elements [start, stop) where the sort of parameter changes."""
+    @property
+    def trained(self) -> bool:
+        return bool(self.main_grads.numel())
+
+    @property
+    def owned(self) -> tuple[int, int]:
+        """The elements [start, stop) that this rank updates."""
+        inner = self.sharing.inner
+        size = self.numel // inner.degree
+        return inner.rank * size, (inner.rank + 1) * size
+
+    def round(self) -> None:
+        """Let `shard` be `main_params` in the model's dtype."""
+        if self.low_params is None:
+            return
+        if not self.rounded:
+            self.low_params.copy_(self.main_params)
+        if self.low_params is not self.shard:
+            self.shard.copy_(self.low_params, non_blocking=True)
+        self.rounded = False
+
+    def take_up(self, slot: Slot) -> None:
+        """Let the main parameters be what `slot`'s parameter, of which all is here, has become."""
+        start, stop = self.owned
+        first, last = max(slot.start, start), min(slot.stop, stop)
+        if first < last:
+            part = slice(first - start, last - start)
+            self.shard[part].copy_(self.params[first:last])
+            if self.low_params is not None:
+                self.main_params[part].copy_(self.params[first:last])
+
+    def open_grads(self) -> torch.Tensor:
+        """Return the buffer that backward fills; where gradients are sharded it is made now."""
+        if self.grads is None:
+            device = self.params.device
+            self.grads = torch.empty(self.numel, dtype=torch.float32, device=device)
+            for start, stop in self.gaps:
+                self.grads[start:stop].zero_()
+        return self.grads
+
+    def segments(self) -> Iterator[Segment]:
+        """Yield the stretches of one sort that this rank owns."""
+        begin, end = self.owned
         for sort in dict.fromkeys(slot.sort for slot in self.slots):
             slots = [slot for slot in self.slots if slot.sort == sort]
-            first, last = max(start, slots[0].start), min(stop, slots[-1].stop)
+            first, last = max(begin, slots[0].start), min(end, slots[-1].stop)
             if first < last:
                 yield Segment(self, *sort, first, last)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A flat stretch of one bucket whose parameters are all of one kind.
+    """A flat stretch of one bucket that this rank owns, its parameters all of one kind.
 
     Each is held by `num_replicas` ranks along the axes that shard the model.
     """
@@ -100,18 +179,35 @@ class Segment:
 
     @property
     def main_params(self) -> torch.Tensor:
-        return self.bucket.main_params[self.start : self.stop]
+        return self._of(self.bucket.main_params)
 
     @property
     def main_grads(self) -> torch.Tensor:
-        return self.bucket.main_grads[self.start : self.stop]
+        return self._of(self.bucket.main_grads)
 
     @property
     def low_params(self) -> torch.Tensor | None:
         """What the model computes with, if that is not `main_params` itself."""
-        if self.bucket.params is self.bucket.main_params:
-            return None
-        return self.bucket.params[self.start : self.stop]
+        low = self.bucket.low_params
+        return None if low is None else self._of(low)
+
+    def new_state(self) -> torch.Tensor:
+        """Return zeros, one for each element, where the optimizer's state lives."""
+        return self.bucket.new_state(self.stop - self.start)
+
+    def parts(self) -> Iterator[tuple[Slot, int, int]]:
+        """Yield (slot, a, b): elements [a, b) of this segment are of that parameter.
+
+        They may be a part of it, where the owner's block begins or ends inside it.
+        """
+        for slot in self.bucket.slots:
+            first, last = max(slot.start, self.start), min(slot.stop, self.stop)
+            if slot.sort == (self.kind, self.num_replicas) and first < last:
+                yield slot, first - self.start, last - self.start
+
+    def _of(self, block: torch.Tensor) -> torch.Tensor:
+        begin = self.bucket.owned[0]
+        return block[self.start - begin : self.stop - begin]
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -136,68 +232,143 @@ def check_trainable(model: nn.Module) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A parameter that is to be put into a bucket, and what those of one bucket have in common."""
+
+    name: str
+    param: nn.Parameter
+    kind: str
+    shard: Shard
+    sharing: Sharing
+    stages: tuple[int, ...]
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        cut = self.kind not in WHOLE_KINDS or self.sharing.inner.degree == 1
+        sort = None if cut else (self.kind, self.shard.num_replicas)
+        return id(self.sharing), self.stages, self.param.device, self.param.requires_grad, sort
+
+
 def build_buckets(
-    parameters: Sequence[tuple[str, nn.Parameter]],
+    wanted: Sequence[Wanted],
     *,
     bucket_mb: float,
     dtype: torch.dtype,
-    kind_of: Callable[[str, nn.Parameter], str],
-    shards: Mapping[str, Shard],
-    axis_of: Callable[[str], Axis],
+    new_state: NewState | None = None,
 ) -> list[Bucket]:
-    """Move trainable parameters, given by name, into flat buckets of about `bucket_mb` MiB of fp32.
+    """Move parameters into flat buckets of about `bucket_mb` MiB of fp32.
 
     Buckets follow the reverse order of registration, which is about the order in which backward
-    makes gradients ready. Those of one bucket have the same `axis_of`. The model computes in
-    `dtype` afterwards. Buckets are filled one after the other, so that at most one of them is held
-    twice.
+    makes gradients ready. The model computes in `dtype` afterwards. All ranks of an axis get the
+    parameters of its first rank: one broadcast a bucket. Buckets are filled one after the other, so
+    that at most one of them is held twice.
+
+    new_state(numel): makes zeros where main parameters and the optimizer's state live, if that is
+    not simply the device.
     """
-    trainable = [(name, p) for name, p in reversed(parameters) if p.requires_grad]
-    axes = {name: axis_of(name) for name, _ in trainable}
     return [
-        _fill(index, axes[group[0][0]], group, dtype, kind_of, shards)
-        for index, group in enumerate(_group(trainable, axes, bucket_mb))
+        _fill(index, group, dtype, new_state)
+        for index, group in enumerate(_group(list(reversed(wanted)), bucket_mb))
     ]
 
 
-def _group(
-    named: Iterable[tuple[str, nn.Parameter]], axes: Mapping[str, Axis], bucket_mb: float
-) -> Iterator[list[tuple[str, nn.Parameter]]]:
+def _group(wanted: Iterable[Wanted], bucket_mb: float) -> Iterator[list[Wanted]]:
     limit = bucket_mb * 2**20 / 4
-    group: list[tuple[str, nn.Parameter]] = []
+    group: list[Wanted] = []
     size = 0
-    for name, param in named:
-        full = size + param.numel() > limit
-        if group and (
-            full or param.device != group[0][1].device or axes[name] is not axes[group[0][0]]
-        ):
+    for each in wanted:
+        ways = each.sharing.inner.degree if each.kind in WHOLE_KINDS else 1  # one for each owner
+        full = size + each.param.numel() > limit * ways
+        if group and (full or each.group != group[0].group):
             yield group
             group, size = [], 0
-        group.append((name, param))
-        size += param.numel()
+        group.append(each)
+        size += each.param.numel()
     if group:
         yield group
 
 
-def _fill(
-    index: int,
-    axis: Axis,
-    group: list[tuple[str, nn.Parameter]],
-    dtype: torch.dtype,
-    kind_of: Callable[[str, nn.Parameter], str],
-    shards: Mapping[str, Shard],
-) -> Bucket:
-    slots = [Slot(name, param, kind_of(name, param), shards[name], 0) for name, param in group]
+def _place(slots: list[Slot], degree: int) -> int:
+    """Give each slot its place; return the size of an owner's block.
+
+    Blocks are cut wherever their ends fall, but for parameters that must stay whole.
+    """
     slots.sort(key=lambda slot: slot.sort)  # stable
+    if degree > 1 and slots[0].kind in WHOLE_KINDS:
+        return _place_whole(slots, degree)
     end = 0
     for slot in slots:
         slot.start = end
-        end = -(-slot.stop // _ALIGNMENT) * _ALIGNMENT
-    device = group[0][1].device
-    main_params = torch.zeros(end, dtype=torch.float32, device=device)
+        end = _aligned(slot.stop)
+    return _aligned(-(-end // degree))
+
+
+def _place_whole(slots: list[Slot], degree: int) -> int:
+    """Give each owner about as much: the largest parameters first, each to who has least."""
+    loads = [0] * degree
+    owners: list[list[Slot]] = [[] for _ in loads]
+    for slot in sorted(slots, key=lambda slot: -slot.shape.numel()):
+        owner = loads.index(min(loads))
+        owners[owner].append(slot)
+        loads[owner] += _aligned(slot.shape.numel())
+    for owner, mine in enumerate(owners):
+        start = owner * max(loads)
+        for slot in mine:
+            slot.start = start
+            start = _aligned(slot.stop)
+    slots.sort(key=lambda slot: slot.start)
+    return max(loads)
+
+
+def _aligned(numel: int) -> int:
+    return -(-numel // ALIGNMENT) * ALIGNMENT
+
+
+def _fill(
+    index: int, group: list[Wanted], dtype: torch.dtype, new_state: NewState | None
+) -> Bucket:
+    sharing, trained = group[0].sharing, group[0].param.requires_grad
+    slots = [Slot(w.name, w.param, w.kind, w.shard, w.param.shape) for w in group]
+    numel = _place(slots, sharing.inner.degree) * sharing.inner.degree
+    device = slots[0].param.device
+    full = torch.zeros(numel, dtype=torch.float32 if trained else dtype, device=device)
     for slot in slots:
-        slot.view(main_params).copy_(slot.param.detach())
-    params = main_params if dtype == torch.float32 else main_params.to(dtype)
+        slot.view(full).copy_(slot.param.detach())
+    broadcast(full, sharing.axis, f"broadcast of bucket {index}")
+
+    def zeros(numel: int) -> torch.Tensor:
+        return torch.zeros(numel, dtype=torch.float32, device=device)
+
+    params = full.to(dtype)  # itself, if it is of that dtype
     for slot in slots:
         slot.param.data = slot.view(params)
-    return Bucket(index, axis, slots, params, main_params, torch.zeros_like(main_params))
+        slot.version = slot.param._version
+    size = numel // sharing.inner.degree
+    block = slice(sharing.inner.rank * size, (sharing.inner.rank + 1) * size)
+    shard = params[block].clone() if sharing.sharded_params else params[block]
+    main, low = shard, None
+    if trained and (dtype != torch.float32 or new_state is not None):
+        main = (new_state or zeros)(size)
+        main.copy_(full[block])
+        low = shard if main.device == shard.device else torch.empty_like(shard, device=main.device)
+    grads = zeros(numel) if trained and not sharing.sharded_grads else None
+    main_grads = grads[block] if grads is not None else zeros(size if trained else 0)
+    if trained and main.device != device:
+        main_grads = torch.zeros_like(main)
+    ends, starts = [0, *(slot.stop for slot in slots)], [*(slot.start for slot in slots), numel]
+    gaps = [(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
+    return Bucket(
+        index,
+        sharing,
+        group[0].stages,
+        slots,
+        params,
+        shard,
+        main,
+        low,
+        main_grads,
+        grads,
+        new_state or zeros,
+        gaps=gaps,
+    )

@@ -7,9 +7,9 @@ this rank. Backends often blame the wrong peer, so their text is quoted as what 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from bigtrain.comm.mesh import Axis
 from bigtrain.errors import BigtrainError, CommError
 
 T = TypeVar("T")
+R = TypeVar("R")
+S = TypeVar("S")
 
 _SOURCE_LINE = re.compile(r"^\[[^\]]*:\d+\] ")  # where in the backend's own sources it came from
 # What gloo and NCCL say when a peer is gone. Other errors (memory, a wrong dtype) are not about it.
@@ -28,33 +30,34 @@ _LOST_PEER = re.compile(
 )
 
 
-class Pending:
+class Pending(Generic[R]):
     """A collective under way; `wait` returns its result when it may be used."""
 
     def __init__(
         self,
-        work: dist.Work | None,
+        works: Sequence[dist.Work],
         what: str,
         axis: Axis,
-        result: Callable[[], torch.Tensor],
+        result: Callable[[], R],
     ) -> None:
-        self._work, self._what, self._axis, self._result = work, what, axis, result
+        self._works, self._what, self._axis, self._result = works, what, axis, result
 
-    def wait(self) -> torch.Tensor:
+    def wait(self) -> R:
         """Block until done.
 
         Raises:
             CommError: a peer died or did not come in time.
         """
-        if self._work is not None:
+        if self._works:
             with explained(self._what, self._axis):
-                self._work.wait()
-            self._work = None
+                for work in self._works:
+                    work.wait()
+            self._works = ()
         return self._result()
 
-    def then(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Pending:
+    def then(self, change: Callable[[R], S]) -> Pending[S]:
         """Return the same collective with a result that is `change` of this one's."""
-        return Pending(self._work, self._what, self._axis, lambda: change(self._result()))
+        return Pending(self._works, self._what, self._axis, lambda: change(self._result()))
 
 
 def all_reduce(tensor: torch.Tensor, axis: Axis, what: str = "all_reduce") -> None:
@@ -62,57 +65,136 @@ def all_reduce(tensor: torch.Tensor, axis: Axis, what: str = "all_reduce") -> No
     start_all_reduce(tensor, axis, what).wait()
 
 
-def start_all_reduce(tensor: torch.Tensor, axis: Axis, what: str = "all_reduce") -> Pending:
+def start_all_reduce(
+    tensor: torch.Tensor, axis: Axis, what: str = "all_reduce"
+) -> Pending[torch.Tensor]:
     """Begin to replace `tensor` by its sum over `axis`; it must not be touched before `wait`.
 
     Wire: 2(n-1)/n of its bytes per rank.
     """
     assert tensor.is_contiguous()
-    work = None
+    works = []
     if axis.group is not None and tensor.numel():
         with explained(what, axis):
-            work = dist.all_reduce(tensor, group=axis.group, async_op=True)
-    return Pending(work, what, axis, lambda: tensor)
+            works = [dist.all_reduce(tensor, group=axis.group, async_op=True)]
+    return Pending(works, what, axis, lambda: tensor)
 
 
-def start_all_gather(tensor: torch.Tensor, axis: Axis, what: str = "all_gather") -> Pending:
+def start_all_gather(
+    tensor: torch.Tensor, axis: Axis, what: str = "all_gather"
+) -> Pending[torch.Tensor]:
     """Begin to collect the tensors of all ranks, of one shape; the result is [degree, *shape].
 
     Wire: (n-1) times the bytes of `tensor` per rank.
     """
     if axis.group is None:
-        return Pending(None, what, axis, lambda: tensor[None])
-    own = tensor.contiguous()
-    gathered = own.new_empty((axis.degree, *own.shape))
-    work = None
-    if own.numel():
+        return Pending((), what, axis, lambda: tensor[None])
+    rows = tensor.new_empty((axis.degree, *tensor.shape))
+    rows[axis.rank].copy_(tensor)
+    return start_all_gather_into(rows, axis, what)
+
+
+def start_all_gather_into(
+    rows: torch.Tensor, axis: Axis, what: str = "all_gather"
+) -> Pending[torch.Tensor]:
+    """Begin to fill `rows` [degree, *shape], of which this rank has its own, with the others'.
+
+    Wire: (n-1) times the bytes of a row per rank. On CPU as messages between each two ranks: the
+    all-gather of gloo passes rows around a ring, and takes twice as long.
+    """
+    assert rows.is_contiguous()
+    assert len(rows) == axis.degree
+    works: Sequence[dist.Work] = ()
+    if axis.group is not None and rows.numel():
         with explained(what, axis):
-            gather = _newest("all_gather_single", "all_gather_into_tensor")
-            work = gather(gathered.view(-1), own.view(-1), group=axis.group, async_op=True)
-    return Pending(work, what, axis, lambda: gathered)
+            if rows.device.type == "cpu":
+                works = _messages([rows[axis.rank]] * axis.degree, list(rows), axis)
+            else:
+                gather = _newest("all_gather_single", "all_gather_into_tensor")
+                own = rows[axis.rank].view(-1)
+                works = [gather(rows.view(-1), own, group=axis.group, async_op=True)]
+    return Pending(works, what, axis, lambda: rows)
 
 
-def start_reduce_scatter(tensor: torch.Tensor, axis: Axis, what: str = "reduce_scatter") -> Pending:
+def start_all_to_all(
+    rows: torch.Tensor, axis: Axis, what: str = "all_to_all"
+) -> Pending[list[torch.Tensor]]:
+    """Begin to send row r of `rows` [degree, *shape] to rank r; the result is a row of each rank.
+
+    This rank's own is the one that it has, not a copy. Wire: (n-1)/n of the bytes per rank.
+    """
+    assert rows.is_contiguous()
+    assert len(rows) == axis.degree
+    if axis.group is None or not rows.numel():
+        return Pending((), what, axis, lambda: list(rows))
+    received = [rows[r] if r == axis.rank else torch.empty_like(rows[r]) for r in range(len(rows))]
+    with explained(what, axis):
+        if rows.device.type == "cpu":
+            works = _messages(list(rows), received, axis)
+        else:
+            own = received[axis.rank]
+            received[axis.rank] = torch.empty_like(own)
+            work = dist.all_to_all(received, list(rows), group=axis.group, async_op=True)
+            works = [work]
+    return Pending(works, what, axis, lambda: received)
+
+
+def start_reduce_scatter(
+    tensor: torch.Tensor, axis: Axis, what: str = "reduce_scatter"
+) -> Pending[torch.Tensor]:
     """Begin to sum `tensor` [degree, *shape] over `axis`; the result is this rank's row, [*shape].
 
     Wire: (n-1)/n of its bytes per rank. On CPU an all-to-all and a sum here, since the
     reduce-scatter of gloo sends twice as much.
     """
-    assert tensor.is_contiguous()
     assert len(tensor) == axis.degree
     if axis.group is None or not tensor.numel():
-        return Pending(None, what, axis, lambda: tensor[axis.rank])
+        return Pending((), what, axis, lambda: tensor[axis.rank])
+    if tensor.device.type == "cpu":
+        return start_all_to_all(tensor, axis, what).then(
+            lambda rows: add_up(rows, torch.empty_like(rows[0]))
+        )
+    assert tensor.is_contiguous()
+    own = torch.empty_like(tensor[0])
     with explained(what, axis):
-        if tensor.device.type == "cpu":
-            rows = torch.empty_like(tensor)
-            work = dist.all_to_all_single(
-                rows.view(-1), tensor.view(-1), group=axis.group, async_op=True
-            )
-            return Pending(work, what, axis, lambda: rows.sum(0))
-        own = torch.empty_like(tensor[0])
         scatter = _newest("reduce_scatter_single", "reduce_scatter_tensor")
         work = scatter(own.view(-1), tensor.view(-1), group=axis.group, async_op=True)
-        return Pending(work, what, axis, lambda: own)
+    return Pending([work], what, axis, lambda: own)
+
+
+def add_up(rows: Sequence[torch.Tensor], out: torch.Tensor, first: bool = True) -> torch.Tensor:
+    """Return the sum of `rows`, in their order, in `out` and in its dtype.
+
+    One of the rows may be `out` itself. What was in `out` counts unless this is the first sum.
+    """
+    others = [row for row in rows if row.data_ptr() != out.data_ptr()]
+    if not first or len(others) < len(rows):
+        for row in others:
+            out.add_(row)
+    elif len(rows) > 1 and rows[0].dtype == rows[1].dtype == out.dtype:
+        torch.add(rows[0], rows[1], out=out)
+        for row in rows[2:]:
+            out.add_(row)
+    else:
+        out.copy_(rows[0])
+        for row in rows[1:]:
+            out.add_(row)
+    return out
+
+
+def _messages(
+    leaving: Sequence[torch.Tensor], arriving: Sequence[torch.Tensor], axis: Axis
+) -> list[dist.Work]:
+    """Begin to send entry r of `leaving` to rank r, and to receive entry r of `arriving` from it.
+
+    Every rank begins with another neighbour, so that none is sent to by all at once.
+    """
+    works = []
+    for step in range(1, axis.degree):
+        source, target = (axis.rank - step) % axis.degree, (axis.rank + step) % axis.degree
+        works.append(dist.irecv(arriving[source], group=axis.group, group_src=source))
+        works.append(dist.isend(leaving[target], group=axis.group, group_dst=target))
+    return [work for work in works if work is not None]
 
 
 def _newest(name: str, before: str) -> Callable[..., dist.Work]:

@@ -1,16 +1,18 @@
 """The one path of a gradient: backward -> flat bucket -> sync -> optimizer -> parameters.
 
-While backward runs, each parameter's gradient is moved into its bucket. In the last microbatch of
-a step a bucket is handed to the sync strategy as soon as it is complete and all buckets before it
-have been handed over, so that every rank issues the same collectives in the same order, whatever
-its own data made it compute. What did not take part in a step counts as a zero gradient.
+While backward runs, each parameter's gradient is moved into its bucket. A bucket is handed to the
+sync strategy as soon as it is complete and all buckets before it have been handed over, so that
+every rank issues the same collectives in the same order, whatever its own data made it compute.
+That is in the last microbatch of a step, or in each, where gradients are sharded. What did not take
+part counts as a zero gradient.
 """
 
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -20,17 +22,39 @@ from bigtrain.comm.block import Block, NamedBlock, Shard
 from bigtrain.comm.buckets import Bucket, Segment, Slot
 from bigtrain.comm.collectives import all_reduce, broadcast
 from bigtrain.comm.mesh import Axis
-from bigtrain.comm.sync import GradientSync
+from bigtrain.comm.sync import GradientSync, Passage
 from bigtrain.errors import BigtrainError
 from bigtrain.ops.grad_norm import grad_norm
 from bigtrain.ops.later import Gradient, Product
 from bigtrain.ops.op import Kernels
+
+log = logging.getLogger(__name__)
 
 
 class _State(enum.Enum):
     IDLE = "no backward has run in this step"
     ACCUMULATING = "some gradients are not final yet"
     REDUCED = "the step is finished already"
+
+
+class _Departures:
+    """Buckets that leave in one order: each once it is complete and those before it have left."""
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        self.buckets = buckets
+        self._missing = {bucket.index: len(bucket.slots) for bucket in buckets}
+        self._next = 0
+        for bucket in buckets:
+            for slot in bucket.slots:
+                slot.ready = False
+
+    def settle(self, bucket: Bucket, slot: Slot) -> Iterator[Bucket]:
+        """Note that the gradient of `slot` is final, and yield what can leave by that."""
+        slot.ready = True
+        self._missing[bucket.index] -= 1
+        while self._next < len(self.buckets) and not self._missing[self.buckets[self._next].index]:
+            self._next += 1
+            yield self.buckets[self._next - 1]
 
 
 class GradientPath:
@@ -40,8 +64,9 @@ class GradientPath:
     `finish()`, an optimizer step on `segments()`, `publish()`. A schedule that makes gradients
     final at several moments uses `accumulate` and `add` in place of `backward`.
 
+    buckets: of all parameters that are trained, and of frozen ones if these are sharded.
     shards: what each parameter and buffer of the model is of its full tensor, by name.
-    model_axes: the axes along which the model is split.
+    model_axes: the axes along which the model is split; `layer_axis` is the one inside layers.
     names: of parameters and buffers in the full model, where `model` is a part that may know them
         by another name (tied ones). axis_of: which ranks hold a parameter of that name, if it is
         not the data-parallel axis alone. device: where the model is.
@@ -50,39 +75,46 @@ class GradientPath:
     def __init__(
         self,
         model: nn.Module,
-        buckets: list[Bucket],
+        buckets: Sequence[Bucket],
         sync: GradientSync,
         shards: Mapping[str, Shard],
         model_axes: Sequence[Axis] = (),
+        layer_axis: Axis | None = None,
         names: Mapping[torch.Tensor, str] | None = None,
         axis_of: Callable[[str], Axis] | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.model = model
-        self.buckets = buckets
+        self.buckets = [bucket for bucket in buckets if bucket.trained]
+        self.frozen = [bucket for bucket in buckets if not bucket.trained]
         self.sync = sync
         self.shards = shards
-        self.model_axes = model_axes
+        self.model_axes, self.layer_axis = model_axes, layer_axis
         self.names = names or {}
         self.axis_of = axis_of or (lambda name: sync.axis)
         self.device = device or torch.device("cpu")
+        every = [slot for bucket in self.buckets for slot in bucket.slots]
+        self.slots = sorted(every, key=lambda slot: slot.name)
         self._state = _State.IDLE
         self._in_backward = False
         self._final: Collection[nn.Parameter] = ()  # whose gradients this backward completes
-        self._next = 0  # buckets before this one were handed to sync
-        self._missing = [0] * len(buckets)  # slots of each bucket whose gradient is not final
+        self._open: set[nn.Parameter] = set()  # whose gradients are not final in this step
+        self._by_step = self._by_passage = _Departures(())
+        self._unpublished = list(self.buckets)
         self._published: list[torch.Tensor] = []  # copies of the buffers, to go back to
-        self._places = {slot.param: (bucket, slot) for bucket in buckets for slot in bucket.slots}
+        self._places = {
+            slot.param: (bucket, slot) for bucket in self.buckets for slot in bucket.slots
+        }
         for param, (bucket, slot) in self._places.items():
             param.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket, slot))
+        self._equalize(buckets)
+        sync.attach(model, buckets)
 
-    def equalize(self) -> None:
-        """Give every rank the parameters (frozen ones too) and buffers of the axis's first rank."""
-        for bucket in self.buckets:
-            broadcast(bucket.main_params, bucket.axis, f"broadcast of bucket {bucket.index}")
-            bucket.round()
+    def _equalize(self, buckets: Sequence[Bucket]) -> None:
+        """Give every rank the first rank's frozen parameters and buffers; buckets are equal."""
+        held = {slot.param for bucket in buckets for slot in bucket.slots}
         for name, param in self.model.named_parameters():
-            if not param.requires_grad:
+            if param not in held:
                 axis = self.axis_of(self.names.get(param, name))
                 broadcast(param, axis, "broadcast of a frozen parameter")
         self._equalize_buffers()
@@ -110,8 +142,7 @@ class GradientPath:
         Raises:
             BigtrainError: the last microbatch of the step is over.
         """
-        over = self._state is _State.ACCUMULATING and self._next == len(self.buckets)
-        if over and self.buckets:
+        if self._state is _State.ACCUMULATING and self._places and not self._open:
             raise BigtrainError(
                 "backward after the last backward of a step",
                 why="buckets may be on the wire already, so their gradients cannot change",
@@ -121,26 +152,53 @@ class GradientPath:
             yield
 
     @contextmanager
-    def accumulate(self, final: Collection[nn.Parameter] = ()) -> Iterator[None]:
+    def accumulate(
+        self,
+        final: Collection[nn.Parameter] = (),
+        stage: int = 0,
+        kind: Passage = "backward",
+    ) -> Iterator[None]:
         """Collect the gradients of whatever backward passes run inside, undivided.
 
         Those of `final` are complete then: each bucket is reduced as soon as all of its parameters
-        are, and those before it.
+        are, and those before it. Where gradients are sharded, all buckets of `stage` are reduced,
+        but not in a backward for the "inputs", whose other half will bring the rest.
 
         Raises:
             BigtrainError: a gradient arrives whose bucket was reduced already.
         """
         if self._state is not _State.ACCUMULATING:
             self._begin_step()
+        filling = [b for b in self.buckets if b.sharing.sharded_grads and stage in b.stages]
+        leaving = filling if kind != "inputs" else []
+        for slot in (slot for bucket in filling for slot in bucket.slots):
+            slot.ready = False
+        self._by_passage = _Departures(leaving)
         self._in_backward, self._final = True, final
         try:
-            yield
+            with self.sync.passage(kind, stage):
+                yield
         finally:
             self._in_backward, self._final = False, ()
-        for param in final:
-            bucket, slot = self._places[param]
-            if not slot.ready:  # it took no part in the last backward
+        for bucket in leaving:
+            for slot in bucket.slots:
                 self._settle(bucket, slot)
+        for param in final:
+            self._settle(*self._places[param])  # if it took no part in the last backward
+        self._open.difference_update(final)
+        self._by_passage = _Departures(())
+
+    def forward(self, stage: int = 0) -> AbstractContextManager[None]:
+        """Surround one forward of `stage`. A call of the whole model does so itself."""
+        return self.sync.passage("forward" if torch.is_grad_enabled() else "evaluation", stage)
+
+    def unsharded(self) -> AbstractContextManager[None]:
+        """Have all parameters whole inside, to look at them or to change them.
+
+        All ranks that share them enter it together, and make the same changes. Communicates an
+        all-gather of what is sharded.
+        """
+        return self.sync.unsharded()
 
     def add(self, param: nn.Parameter, gradient: Gradient) -> None:
         """Add to the gradient of `param` what does not come through autograd, in `accumulate`."""
@@ -154,7 +212,7 @@ class GradientPath:
         Raises:
             CommError: a rank died or did not come in time.
         """
-        if self._state is not _State.ACCUMULATING or self._next < len(self.buckets):
+        if self._state is not _State.ACCUMULATING or self._open:
             raise BigtrainError(
                 f"finish() while {self._state.value}",
                 why="a step ends with one backward(loss) that is the last",
@@ -162,16 +220,31 @@ class GradientPath:
             )
         self.sync.finish()
         self._state = _State.REDUCED
+        self._unpublished = list(reversed(self.buckets))  # in the order of the next forward
         for bucket in self.buckets:
-            if bucket.params.dtype == bucket.main_grads.dtype:
+            self._take_up_changes(bucket)
+            alone = bucket.sharing.inner.degree == 1 and bucket.grads is not None
+            if alone and bucket.params.dtype == torch.float32:
                 for slot in bucket.slots:
                     slot.param.grad = slot.view(bucket.main_grads)
 
-    def publish(self) -> None:
-        """Bring the updated parameters, and the first rank's buffers, to every rank of the axis."""
-        for bucket in self.buckets:
-            self.sync.publish(bucket)
-        self._equalize_buffers()
+    def publish(self, bucket: Bucket | None = None) -> None:
+        """Begin to bring updated parameters to every rank of the axis; wherever they are used next,
+        that is waited for.
+
+        Those of one bucket; or of all for which that was not done yet, and the first rank's
+        buffers, which ends the step.
+        """
+        # In one order on all ranks: of some buckets a rank may own nothing, so none says them.
+        while self._unpublished and (bucket is None or bucket in self._unpublished):
+            self.sync.publish(self._unpublished.pop(0))
+        if bucket is None:
+            self._unpublished = list(reversed(self.buckets))
+            self._equalize_buffers()
+
+    def settle(self) -> None:
+        """Return when nothing is on the wire any more, once the last step is published."""
+        self.sync.settle()
 
     def abandon(self) -> None:
         """Forget the step under way: no gradients, and buffers as they were last published.
@@ -180,6 +253,8 @@ class GradientPath:
         """
         self.sync.finish()
         self._state = _State.IDLE
+        for bucket in self.buckets:
+            bucket.grads = None if bucket.sharing.sharded_grads else bucket.grads
         for buffer, before in zip(self._buffers(), self._published, strict=True):
             buffer.copy_(before)
 
@@ -187,7 +262,7 @@ class GradientPath:
 
     def segments(self) -> list[Segment]:
         """Return what this rank's optimizer updates: flat stretches of one kind."""
-        return [s for bucket in self.buckets for s in bucket.segments(*self.sync.owned(bucket))]
+        return [segment for bucket in self.buckets for segment in bucket.segments()]
 
     def grad_norm(self, kernels: Kernels = "auto") -> torch.Tensor:
         """Return the 2-norm of the finished gradient over all parameters, a scalar.
@@ -205,42 +280,64 @@ class GradientPath:
             all_reduce(total, axis, "all_reduce of the gradient norm")
         return total.sqrt().float()
 
+    def sum_over_parts(self, values: torch.Tensor) -> torch.Tensor:
+        """Return `values` [len(slots), k], each row summed over the ranks with parts of that slot.
+
+        Parts are the owners' along the data-parallel axis, and the shards of split layers. What
+        several ranks hold counts once. Communicates `values` over these axes.
+        """
+        copies = [s.shard.num_replicas // max(1, len(s.shard.stages)) for s in self.slots]
+        total = values / torch.tensor(copies, dtype=values.dtype, device=values.device)[:, None]
+        total = self.sync.sum_over_owners(total)
+        if self.layer_axis is not None:
+            all_reduce(total, self.layer_axis, "all_reduce of the norms of parameters")
+        return total
+
     def nonfinite_parameters(self, *, gradients: bool) -> list[str]:
         """Return the names of parameters with a NaN or an infinity, in the gradient or itself.
 
         Only of what this rank holds.
         """
-        return [
-            slot.name
-            for bucket in self.buckets
-            for flat in [bucket.main_grads if gradients else bucket.main_params]
-            if not flat.isfinite().all()
-            for slot in bucket.slots
-            if not slot.view(flat).isfinite().all()
-        ]
+        found = []
+        for segment in self.segments():
+            flat = segment.main_grads if gradients else segment.main_params
+            if not flat.isfinite().all():
+                parts = segment.parts()
+                found += [slot.name for slot, a, b in parts if not flat[a:b].isfinite().all()]
+        return list(dict.fromkeys(found))
 
-    def blocks(self, prefix: str, flats: list[torch.Tensor]) -> Iterator[NamedBlock]:
+    def blocks(
+        self, prefix: str, flats: Sequence[torch.Tensor | None], segments: Sequence[Segment] = ()
+    ) -> Iterator[NamedBlock]:
         """Yield one flat tensor per segment (as `segments()` lists them) as named blocks."""
-        for segment, flat in zip(self.segments(), flats, strict=True):
+        replica = self.sync.replica()
+        for segment, flat in zip(segments or self.segments(), flats, strict=True):
+            if flat is None:
+                continue
             assert flat.numel() == segment.stop - segment.start
-            for slot in segment.bucket.slots:
-                start, stop = max(slot.start, segment.start), min(slot.stop, segment.stop)
-                if slot.sort != (segment.kind, segment.num_replicas) or start >= stop:
-                    continue
-                block = Block.rows(slot.param.shape, start - slot.start, stop - slot.start)
-                part = flat[start - segment.start : stop - segment.start].view(block.sizes)
-                replica = self.sync.replica()
-                yield from slot.shard.named_blocks(prefix + slot.name, block, part, replica)
+            for slot, a, b in segment.parts():
+                first = segment.start + a - slot.start
+                for block in Block.cover(slot.shape, first, first + b - a):
+                    part = flat[a : a + block.numel].view(block.sizes)
+                    a += block.numel
+                    yield from slot.shard.named_blocks(prefix + slot.name, block, part, replica)
+
+    def frozen_blocks(self, prefix: str) -> Iterator[NamedBlock]:
+        """Yield the frozen parameters that are sharded, as named blocks."""
+        segments = [segment for bucket in self.frozen for segment in bucket.segments()]
+        if segments:
+            yield from self.blocks(prefix, [s.main_params for s in segments], segments)
 
     # -- inside --------------------------------------------------------------------------------
 
     def _begin_step(self) -> None:
         self._state = _State.ACCUMULATING
-        self._next = 0
+        self._open = set(self._places)
+        self._by_step = _Departures([b for b in self.buckets if not b.sharing.sharded_grads])
         for bucket in self.buckets:
-            self._missing[bucket.index] = len(bucket.slots)
+            bucket.collected = False
             for slot in bucket.slots:
-                slot.touched = slot.ready = False
+                slot.touched = False
                 slot.param.grad = None
 
     def _on_gradient(self, bucket: Bucket, slot: Slot, param: nn.Parameter) -> None:
@@ -255,17 +352,17 @@ class GradientPath:
             grad = param.grad
             self._add(bucket, slot, grad.to_dense() if grad.is_sparse else grad)
             param.grad = None
-        if not slot.ready and slot.touched and param in self._final:
+        if slot.touched and (bucket.sharing.sharded_grads or param in self._final):
             self._settle(bucket, slot)
 
     def _add(self, bucket: Bucket, slot: Slot, gradient: Gradient) -> None:
-        if bucket.index < self._next:
+        if slot.ready:
             raise BigtrainError(
                 f"the gradient of {slot.name} arrived twice in the last backward",
                 why="its bucket is on the wire already; re-entrant backward passes do this",
                 mend="use torch.utils.checkpoint with use_reentrant=False",
             )
-        view = slot.view(bucket.main_grads)
+        view = slot.view(bucket.open_grads())
         if isinstance(gradient, Product):
             gradient.add_to(view, first=not slot.touched)
         elif slot.touched:
@@ -276,15 +373,39 @@ class GradientPath:
 
     def _settle(self, bucket: Bucket, slot: Slot) -> None:
         """Note that the gradient of `slot` is final, and hand over what is complete by that."""
-        slot.ready = True
-        self._missing[bucket.index] -= 1
-        while self._next < len(self.buckets) and not self._missing[self._next]:
-            bucket = self.buckets[self._next]
-            self._next += 1
-            for each in bucket.slots:
-                if not each.touched:
-                    each.view(bucket.main_grads).zero_()
-            self.sync.reduce(bucket)
+        sharded = bucket.sharing.sharded_grads
+        departures = self._by_passage if sharded else self._by_step
+        if slot.ready or bucket not in departures.buckets:
+            return
+        for each in departures.settle(bucket, slot):
+            grads = each.open_grads()
+            for other in each.slots:
+                if not other.touched:
+                    other.view(grads).zero_()
+                other.touched = other.touched and not sharded
+            self.sync.reduce(each)
+
+    def _take_up_changes(self, bucket: Bucket) -> None:
+        """Take up what others than the optimizer have written into parameters since last time.
+
+        Raises:
+            BigtrainError: a parameter was given other memory than its bucket's.
+        """
+        if bucket.sharing.sharded_params:
+            return  # `unsharded` sees to it
+        begin, size = bucket.params.data_ptr(), bucket.params.element_size()
+        for slot in bucket.slots:
+            param = slot.param
+            if param.numel() and param.data_ptr() != begin + slot.start * size:
+                raise BigtrainError(
+                    f"{slot.name} is not in its bucket any more",
+                    why="it was given other memory (param.data = ..., model.to(...), "
+                    "load_state_dict(assign=True)), which the optimizer does not know",
+                    mend="change values in place: with torch.no_grad(): param.copy_(...)",
+                )
+            if param._version != slot.version:
+                slot.version = param._version
+                bucket.take_up(slot)
 
     def _buffers(self) -> list[torch.Tensor]:
         """Return what training may change besides parameters: the buffers that are saved.

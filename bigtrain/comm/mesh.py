@@ -128,6 +128,44 @@ class Mesh:
             return self.dp
         return Axis("dp of tied stages", len(ranks), ranks.index(self.rank), ranks, group)
 
+    def share(self, degree: int | None = None, *, own_group: bool = False) -> Axis:
+        """Return the part of the data-parallel axis that shares something out: `degree` neighbours.
+
+        By default all of it. With `own_group`, it has a process group that no other axis has. Every
+        rank calls this.
+
+        Raises:
+            BigtrainError: the axis cannot be cut into equal parts of that degree.
+        """
+        degree = degree or self.dp.degree
+        if degree == self.dp.degree and not own_group:
+            return self.dp
+        if self.dp.degree % degree:
+            raise BigtrainError(
+                f"dp={self.dp.degree} ranks cannot share in groups of {degree}",
+                why="all groups are of one size",
+                mend="use a shard_degree that divides the data-parallel degree",
+            )
+        group, ranks = self._grouped(
+            lambda place: (place["pp"], place["dp"] // degree, place["cp"], place["tp"])
+        )
+        return Axis("dp in a group", degree, ranks.index(self.rank), ranks, group)
+
+    def beside(self, share: Axis, pp_ranks: Sequence[int] = ()) -> Axis:
+        """Return the axis of the ranks that have the same place in their `share`, this one's too.
+
+        With `pp_ranks`, also in that of those pipeline ranks. Every rank calls this.
+        """
+        degree = share.degree
+
+        def key(place: dict[str, int]) -> Hashable:
+            stage = -1 if place["pp"] in pp_ranks else place["pp"]
+            return stage, place["dp"] % degree, place["cp"], place["tp"]
+
+        group, ranks = self._grouped(key)
+        name = "dp across groups" + " and tied stages" * bool(pp_ranks)
+        return Axis(name, len(ranks), ranks.index(self.rank), ranks, group)
+
     def second_group(self, axis: Axis) -> dist.ProcessGroup | None:
         """Return another process group of the ranks of `axis`; every rank calls this."""
         others = [name for name in AXES if name != axis.name]

@@ -25,21 +25,21 @@ class Links:
         self.axis, self.device = axis, mesh.device
         self._rising, self._falling = axis.group, mesh.second_group(axis)
 
-    def send(self, tensor: torch.Tensor, to: int, what: str) -> Pending:
+    def send(self, tensor: torch.Tensor, to: int, what: str) -> Pending[torch.Tensor]:
         """Begin to send `tensor` (contiguous), which must not change before `wait`."""
         lane = self._rising if to > self.axis.rank else self._falling
         with explained(what, self.axis):
             work = dist.isend(tensor, group=lane, group_dst=to)
-        return Pending(work, what, self.axis, lambda: tensor)
+        return Pending([work] if work else (), what, self.axis, lambda: tensor)
 
-    def receive(self, into: torch.Tensor, source: int, what: str) -> Pending:
+    def receive(self, into: torch.Tensor, source: int, what: str) -> Pending[torch.Tensor]:
         """Begin to receive what `source` sends next into a tensor of the same shape and dtype."""
         lane = self._rising if source < self.axis.rank else self._falling
         with explained(what, self.axis):
             work = dist.irecv(into, group=lane, group_src=source)
-        return Pending(work, what, self.axis, lambda: into)
+        return Pending([work] if work else (), what, self.axis, lambda: into)
 
-    def send_object(self, value: Any, to: int, what: str) -> list[Pending]:
+    def send_object(self, value: Any, to: int, what: str) -> list[Pending[torch.Tensor]]:
         """Begin to send a small picklable value, as two messages."""
         content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         size = torch.tensor([len(content)], dtype=torch.int64)

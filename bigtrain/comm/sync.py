@@ -6,36 +6,51 @@ path calls them; the trainer and the optimizer do not know which one answers.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, Protocol
 
 import torch
+from torch import nn
 
 from bigtrain.comm.buckets import Bucket
 from bigtrain.comm.collectives import Pending, start_all_reduce
 from bigtrain.comm.mesh import Axis
 
+Passage = Literal["forward", "backward", "inputs", "weights", "evaluation"]
+
 
 class GradientSync(Protocol):
     """A strategy of data parallelism, asked bucket by bucket.
 
-    All ranks of the axis call `reduce` for the same buckets in the same order. A bucket says itself
-    over which ranks it is summed: those of the axis, and for parameters that several pipeline
+    What a rank owns of a bucket, the bucket knows (`Bucket.sharing`). All ranks of its axis call
+    `reduce` and `publish` for the same buckets in the same order. A bucket says itself over which
+    ranks it is summed: those of the data-parallel axis, and for parameters that several pipeline
     stages share, those of all these stages.
     """
 
     axis: Axis
 
+    def attach(self, model: nn.Module, buckets: Sequence[Bucket]) -> None:
+        """Begin to look after `buckets`, which are all that there are, frozen ones too."""
+
     def reduce(self, bucket: Bucket) -> None:
-        """Begin to sum `bucket.main_grads` over its axis; called while backward still runs."""
+        """Begin to sum `bucket.grads` over its axis; called while backward still runs."""
 
     def finish(self) -> None:
-        """Return when the owned part of every reduced bucket holds its sum."""
-
-    def owned(self, bucket: Bucket) -> tuple[int, int]:
-        """Return [start, stop) of the elements of `bucket` that this rank updates."""
+        """Return when `main_grads` of every reduced bucket has its sum."""
 
     def publish(self, bucket: Bucket) -> None:
-        """Give every rank of the axis the new `bucket.params`, from the owners' main parameters."""
+        """Begin to give every rank the new parameters, from the owners' main parameters."""
+
+    def settle(self) -> None:
+        """Return when everything that was published has arrived."""
+
+    def passage(self, kind: Passage, stage: int) -> AbstractContextManager[None]:
+        """Surround what computes with parameters of `stage`: one forward, one backward."""
+
+    def unsharded(self) -> AbstractContextManager[None]:
+        """Have all parameters whole inside; all ranks of the axis enter it together."""
 
     def replica(self) -> tuple[int, int]:
         """Return (number of this rank, how many) among the ranks that own the same elements."""
@@ -48,12 +63,15 @@ class Replicated:
     """Every rank holds and updates everything (ZeRO-0).
 
     reduce: one asynchronous all-reduce of the bucket in fp32, 2(n-1)/n of its bytes per rank.
-    owned: the whole bucket. publish: nothing on the wire.
+    publish: nothing on the wire.
     """
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
-        self._pending: list[Pending] = []
+        self._pending: list[Pending[torch.Tensor]] = []
+
+    def attach(self, model: nn.Module, buckets: Sequence[Bucket]) -> None:
+        assert all(bucket.sharing.inner.degree == 1 for bucket in buckets)
 
     def reduce(self, bucket: Bucket) -> None:
         what = f"all_reduce of gradient bucket {bucket.index}"
@@ -64,11 +82,17 @@ class Replicated:
             pending.wait()
         self._pending.clear()
 
-    def owned(self, bucket: Bucket) -> tuple[int, int]:
-        return 0, bucket.numel
-
     def publish(self, bucket: Bucket) -> None:
         bucket.round()
+
+    def settle(self) -> None:
+        pass
+
+    def passage(self, kind: Passage, stage: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def unsharded(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def replica(self) -> tuple[int, int]:
         return self.axis.rank, self.axis.degree

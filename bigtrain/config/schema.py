@@ -206,6 +206,29 @@ class ParallelSection(Section):
     """A collective that waits longer than this for another rank fails."""
 
 
+class ZeroSection(Section):
+    stage: Literal[0, 1, 2, 3] = 0
+    """What data-parallel ranks share out: 1 optimizer state, 2 gradients too, 3 parameters too."""
+    shard_degree: PositiveInt | None = None
+    """How many neighbouring replicas share (those of a node, say); others copy. Empty: all."""
+    reshard_after_forward: bool = True
+    """Stage 3: give parameters up after forward, and gather them again for backward."""
+    prefetch: Annotated[int, Field(ge=0)] = 1
+    """Stage 3: buckets that are gathered before they are needed."""
+    order: Literal["learned", "agreed"] = "learned"
+    """Stage 3: gather in the order of earlier steps, or ask all ranks each time."""
+    persistent_numel: Annotated[int, Field(ge=0)] = 0
+    """Stage 3: parameters of fewer elements than this stay whole on every rank."""
+    reduce_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Dtype of gradients on the wire; their sum is taken in fp32."""
+    in_flight: PositiveInt = 2
+    """Buckets of gradients that may be on the wire at once."""
+    offload: Literal["none", "cpu", "file"] = "none"
+    """Where main parameters and optimizer state live: on the device, in CPU memory, in files."""
+    offload_dir: Annotated[str, Field(min_length=1)] | None = None
+    """Folder of those files, on a local disk. Empty: the folder for temporary files."""
+
+
 class PipelineSection(Section):
     schedule: Annotated[str, Field(min_length=1)] = "1f1b"
     """gpipe, 1f1b, interleaved, zb_h1, zb_v, dualpipe_v, or the path of a table (.csv)."""
@@ -359,6 +382,8 @@ class Config(Section):
     """What it is trained on."""
     parallel: ParallelSection = ParallelSection()
     """How it is spread over ranks."""
+    zero: ZeroSection = ZeroSection()
+    """What data-parallel ranks share out instead of copying it."""
     pipeline: PipelineSection = PipelineSection()
     """How layers are cut into stages, and in what order these work."""
     train: TrainSection = TrainSection()

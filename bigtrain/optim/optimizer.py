@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
-from bigtrain.comm.buckets import Segment
+from bigtrain.comm.buckets import Bucket, Segment
 from bigtrain.config.schema import AdamwOptimizer, SgdOptimizer
 from bigtrain.ops.op import Kernels
 from bigtrain.ops.optimizer import adamw_, sgd_
@@ -38,16 +39,28 @@ class Optimizer(ABC):
         self.num_updates = 0
         self.moments: dict[str, list[torch.Tensor]] = {}
 
-    def step(self, lr: float | None = None, grad_divisor: torch.Tensor | None = None) -> None:
+    def step(
+        self,
+        lr: float | None = None,
+        grad_divisor: torch.Tensor | None = None,
+        done: Callable[[Bucket], None] = lambda bucket: None,
+    ) -> None:
         """Do one update with rate `lr`; gradients are first divided by the scalar `grad_divisor`.
 
         Clipping is such a division, fused into the update: no pass over memory of its own.
+        done(bucket) is called as soon as all that this rank owns of a bucket is updated.
         """
         self.num_updates += 1
-        for index, segment in enumerate(self.segments):
+        rate = self.lr if lr is None else lr
+        left = Counter(segment.bucket for segment in self.segments)
+        # Backward, since the last bucket is what the next forward uses first.
+        for index, segment in reversed(list(enumerate(self.segments))):
             decay = self.weight_decay if segment.kind == DECAY else 0.0
-            rate = self.lr if lr is None else lr
-            segment.bucket.rounded = self._update(index, segment, rate, decay, grad_divisor)
+            divisor = None if grad_divisor is None else grad_divisor.to(segment.main_params.device)
+            segment.bucket.rounded = self._update(index, segment, rate, decay, divisor)
+            left[segment.bucket] -= 1
+            if not left[segment.bucket]:
+                done(segment.bucket)
 
     @abstractmethod
     def _update(
@@ -61,7 +74,7 @@ class Optimizer(ABC):
         """Update this segment, the one with that index; return whether `low_params` too."""
 
     def _zeros(self) -> list[torch.Tensor]:
-        return [torch.zeros_like(segment.main_params) for segment in self.segments]
+        return [segment.new_state() for segment in self.segments]
 
 
 class AdamW(Optimizer):

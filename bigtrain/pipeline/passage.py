@@ -15,6 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from bigtrain.comm.gradient import GradientPath
+from bigtrain.comm.sync import Passage as Kind
 from bigtrain.ops.later import Later
 from bigtrain.pipeline.messages import Exchange, tensors_in
 from bigtrain.pipeline.split_backward import Root, backward, splitting
@@ -191,7 +192,7 @@ class Passage:
         if self.prepare is not None:
             self.prepare(stage.index, micro, True)
         later = Later(self.path.add)
-        with self._computing(action, later):
+        with self._computing(action, later), self.path.forward(stage.index):
             result = self._result(stage, carry, micro)
         if not stage.is_last:
             self._pass_on(stage, micro, result)
@@ -260,7 +261,7 @@ class Passage:
         if self.prepare is not None:
             self.prepare(stage.index, micro, False)
         kept.later.open = action.kind == "I"
-        with self._computing(action, kept.later), self._accumulating(place):
+        with self._computing(action, kept.later), self._accumulating(action, place):
             if kept.roots:
                 backward(kept.roots, grads, kept.later)
         kept.roots = []
@@ -286,7 +287,7 @@ class Passage:
 
     def _weights(self, action: Action, place: int) -> None:
         kept = self._kept.pop((action.stage, action.microbatch))
-        with self._computing(action, None), self._accumulating(place):
+        with self._computing(action, None), self._accumulating(action, place):
             kept.later.compute()
 
     # -- around --------------------------------------------------------------------------------
@@ -294,8 +295,10 @@ class Passage:
     def _is_here(self, stage: int) -> bool:
         return self.placement[stage] == self.rank
 
-    def _accumulating(self, place: int) -> Any:
-        return self.path.accumulate(self.plan.finals.get(place, ()))
+    def _accumulating(self, action: Action, place: int) -> Any:
+        kinds: dict[str, Kind] = {"B": "backward", "I": "inputs", "W": "weights"}
+        final = self.plan.finals.get(place, ())
+        return self.path.accumulate(final, action.stage, kinds[action.kind])
 
     @contextmanager
     def _computing(self, action: Action, later: Later | None) -> Iterator[None]:

@@ -1,0 +1,116 @@
+"""ZeRO 1, 2 and 3 as answers to the three questions of GradientSync."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from bigtrain.comm.buckets import Bucket
+from bigtrain.comm.collectives import (
+    Pending,
+    all_reduce,
+    start_all_gather_into,
+    start_all_reduce,
+)
+from bigtrain.comm.mesh import Axis
+from bigtrain.comm.sync import Passage
+from bigtrain.zero.keeper import Keeper
+from bigtrain.zero.wire import Wire
+
+
+class Sharded:
+    """Each rank owns a block of every bucket: it updates that one, and holds its state alone.
+
+    reduce: each rank sends every other the block that it owns; blocks are summed in fp32. (n-1)/n
+    of the bucket's bytes per rank, in every microbatch where gradients are sharded (stages 2, 3).
+    At most `in_flight` buckets are on their way at once. With an outer axis (hybrid sharding,
+    parameters that stages share) owners of the same block then all-reduce it.
+    publish: an all-gather, (n-1)/n of the parameters' bytes per rank; where parameters are sharded
+    (stage 3), nothing, and an all-gather before each use.
+
+    axis: data parallel, over which gradients are averaged; inner, outer: as in Sharing, but without
+    stages. keeper: brings parameters where they are used.
+    """
+
+    def __init__(
+        self, axis: Axis, inner: Axis, outer: Axis, wire: Wire, keeper: Keeper, in_flight: int = 2
+    ) -> None:
+        self.axis, self.inner, self.outer = axis, inner, outer
+        self.wire, self.keeper, self.in_flight = wire, keeper, in_flight
+        self._leaving: deque[tuple[Bucket, Pending[list[torch.Tensor]]]] = deque()
+        self._across: deque[tuple[Bucket, Pending[torch.Tensor]]] = deque()
+
+    def attach(self, model: nn.Module, buckets: Sequence[Bucket]) -> None:
+        self.keeper.attach(model, buckets)
+
+    def reduce(self, bucket: Bucket) -> None:
+        while len(self._leaving) >= self.in_flight:
+            self._arrive()
+        inner = bucket.sharing.inner
+        rows = bucket.open_grads().view(inner.degree, -1)
+        what = f"reduce_scatter of gradient bucket {bucket.index}"
+        self._leaving.append((bucket, self.wire.leave(rows, inner, what)))
+        if bucket.sharing.sharded_grads:
+            bucket.grads = None  # what is on the wire holds its memory until it has left
+
+    def _arrive(self) -> None:
+        """Add up this rank's block of the bucket that left first."""
+        bucket, pending = self._leaving.popleft()
+        rows, sharing, block = pending.wait(), bucket.sharing, bucket.main_grads
+        first = not bucket.collected
+        if sharing.outer.degree == 1 and block.device == rows[0].device:
+            self.wire.add_up(rows, block, first=first)
+            bucket.collected = True
+            return
+        if sharing.sharded_grads or block.device != rows[0].device:
+            block = torch.empty_like(block, device=rows[0].device)
+        self.wire.add_up(rows, block, first=True)
+        what = f"all_reduce of gradient bucket {bucket.index}"
+        self._across.append((bucket, start_all_reduce(block, sharing.outer, what)))
+        if len(self._across) > self.in_flight:
+            self._collect()
+
+    def _collect(self) -> None:
+        bucket, pending = self._across.popleft()
+        block = pending.wait()
+        if block is not bucket.main_grads:
+            add = bucket.main_grads.add_ if bucket.collected else bucket.main_grads.copy_
+            add(block.to(bucket.main_grads.device))
+        bucket.collected = True
+
+    def finish(self) -> None:
+        while self._leaving:
+            self._arrive()
+        while self._across:
+            self._collect()
+
+    def publish(self, bucket: Bucket) -> None:
+        bucket.round()
+        sharing = bucket.sharing
+        if sharing.sharded_params:
+            self.keeper.forget()
+        elif sharing.inner.degree > 1:
+            rows = bucket.params.view(sharing.inner.degree, -1)
+            what = f"all_gather of bucket {bucket.index}"
+            pending = start_all_gather_into(rows, self.keeper.axis, what)
+            self.keeper.expect(bucket, pending)
+
+    def settle(self) -> None:
+        self.keeper.settle()
+
+    def passage(self, kind: Passage, stage: int) -> AbstractContextManager[None]:
+        return self.keeper.passage(kind, stage)
+
+    def unsharded(self) -> AbstractContextManager[None]:
+        return self.keeper.unsharded()
+
+    def replica(self) -> tuple[int, int]:
+        return self.outer.rank, self.outer.degree
+
+    def sum_over_owners(self, value: torch.Tensor) -> torch.Tensor:
+        all_reduce(value, self.inner, "all_reduce of what owners have computed")
+        return value
