@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 
 from bigtrain.ops.activations import bias_gelu, swiglu
-from bigtrain.ops.adagrad import adagrad_rows_
+from bigtrain.ops.adagrad import adagrad_, adagrad_rows_
 from bigtrain.ops.cross_entropy import cross_entropy
 from bigtrain.ops.delta import delta_apply_, delta_pack_
 from bigtrain.ops.dropout import bias_dropout_residual
 from bigtrain.ops.grad_norm import grad_norm, unscale_
 from bigtrain.ops.lamb import lamb_
+from bigtrain.ops.lion import lion_
 from bigtrain.ops.norms import layer_norm, rms_norm
 from bigtrain.ops.optimizer import adamw_, sgd_
 from bigtrain.ops.quantize import dequantize_mean, quantize_
@@ -217,6 +218,33 @@ def sgd_by_hand(main: Any, grad: Any, exp_avg: Any, **_: Any) -> Any:
     return main.sub_(LR * exp_avg)
 
 
+def lion_ours(main: Any, grad: Any, exp_avg: Any, **_: Any) -> Any:
+    lion_(main, grad, exp_avg, lr=LR, betas=BETAS, weight_decay=DECAY, kernels="on")
+    return main
+
+
+def lion_by_hand(main: Any, grad: Any, exp_avg: Any, **_: Any) -> Any:
+    direction = exp_avg.lerp(grad, 1 - BETAS[0]).sign_()
+    exp_avg.lerp_(grad, 1 - BETAS[1])
+    return main.mul_(1 - LR * DECAY).sub_(direction, alpha=LR)
+
+
+def dense_adagrad_ours(main: Any, grad: Any, exp_avg_sq: Any, **_: Any) -> Any:
+    adagrad_(main, grad, exp_avg_sq, lr=LR, eps=EPS, kernels="on")
+    return main
+
+
+def dense_adagrad_fused(main: Any, grad: Any, exp_avg_sq: Any, step: Any, **_: Any) -> Any:
+    numbers = {"lr": LR, "lr_decay": 0.0, "weight_decay": 0.0, "eps": EPS, "maximize": False}
+    torch._fused_adagrad_([main], [grad], [exp_avg_sq], [step], **numbers)
+    return main
+
+
+def dense_adagrad_by_hand(main: Any, grad: Any, exp_avg_sq: Any, **_: Any) -> Any:
+    exp_avg_sq.addcmul_(grad, grad)
+    return main.addcdiv_(grad, exp_avg_sq.sqrt().add_(EPS), value=-LR)
+
+
 def layers(setting: Setting) -> Inputs:
     """A block, and the same memory as LAYERS tensors."""
     inputs = block(setting)
@@ -322,6 +350,16 @@ def optimizer_cases() -> Iterator[Case]:
         *("sgd_ momentum", 20, block, sgd_ours),
         peers={"torch fused": sgd_fused},
         compiled={"by hand": sgd_by_hand},
+    )
+    yield case(
+        *("lion_", 20, block, lion_ours),
+        peers={"by hand": lion_by_hand},
+        compiled={"by hand": lion_by_hand},
+    )
+    yield case(
+        *("adagrad_", 20, block, dense_adagrad_ours),
+        peers={"torch fused": dense_adagrad_fused, "by hand": dense_adagrad_by_hand},
+        compiled={"by hand": dense_adagrad_by_hand},
     )
     yield case("lamb_", 40, layers, lamb_ours, peers={"torch foreach": lamb_foreach})
     yield case(

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Adagrad": "bigtrain.optim",
     "AdamW": "bigtrain.optim",
     "BigtrainError": "bigtrain.errors",
     "ColumnParallelLinear": "bigtrain.tensor",
     "GradientPath": "bigtrain.comm.gradient",
+    "LAMB": "bigtrain.optim",
     "Layer": "bigtrain.pipeline.layer",
     "Layout": "bigtrain.config.layout",
+    "Lion": "bigtrain.optim",
     "Mesh": "bigtrain.comm.mesh",
+    "Muon": "bigtrain.optim",
     "Pipeline": "bigtrain.pipeline.run",
     "ParallelAttention": "bigtrain.tensor",
     "ParallelMLP": "bigtrain.tensor",
@@ -33,6 +37,7 @@ _PUBLIC = {
     "init": "bigtrain.comm.init",
     "leave": "bigtrain.comm.init",
     "load_config": "bigtrain.config.load",
+    "matrix_kinds": "bigtrain.optim",
     "parallelize": "bigtrain.compose",
     "shards_of": "bigtrain.comm.block",
     "vocab_parallel_cross_entropy": "bigtrain.tensor",
@@ -47,7 +52,7 @@ if TYPE_CHECKING:
     from bigtrain.config.layout import Layout
     from bigtrain.config.load import load_config
     from bigtrain.errors import BigtrainError
-    from bigtrain.optim import SGD, AdamW
+    from bigtrain.optim import LAMB, SGD, Adagrad, AdamW, Lion, Muon, matrix_kinds
     from bigtrain.pipeline.layer import Layer
     from bigtrain.pipeline.run import Pipeline
     from bigtrain.tensor import (
@@ -67,14 +72,18 @@ if TYPE_CHECKING:
     from bigtrain.trainer import Trainer
 
 __all__ = [
+    "LAMB",
     "SGD",
+    "Adagrad",
     "AdamW",
     "BigtrainError",
     "ColumnParallelLinear",
     "GradientPath",
     "Layer",
     "Layout",
+    "Lion",
     "Mesh",
+    "Muon",
     "ParallelAttention",
     "ParallelMLP",
     "Pipeline",
@@ -89,6 +98,7 @@ __all__ = [
     "init",
     "leave",
     "load_config",
+    "matrix_kinds",
     "parallelize",
     "shards_of",
     "split_sequence",

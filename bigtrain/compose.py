@@ -20,7 +20,7 @@ from bigtrain.comm.sync import GradientSync, Replicated
 from bigtrain.config.schema import ZeroSection
 from bigtrain.errors import BigtrainError
 from bigtrain.ops.dropout import number_dropout
-from bigtrain.optim import decay_kind
+from bigtrain.optim import WHOLE_KINDS, KindOf, decay_kind
 from bigtrain.pipeline.run import Pipeline
 from bigtrain.pipeline.schedule import make_table, placement_of
 from bigtrain.pipeline.split import (
@@ -42,7 +42,6 @@ from bigtrain.zero.sharded import Sharded
 from bigtrain.zero.state import state_memory
 from bigtrain.zero.wire import make_wire
 
-KindOf = Callable[[str, nn.Parameter], str]
 FROZEN = "frozen"
 
 
@@ -204,7 +203,9 @@ def _path(
         if p.requires_grad or (zero.stage == 3 and p.is_floating_point())
     ]
     memory = state_memory(zero.offload, zero.offload_dir, mesh.device)
-    buckets = build_buckets(wanted, bucket_mb=bucket_mb, dtype=dtype, new_state=memory)
+    buckets = build_buckets(
+        wanted, bucket_mb=bucket_mb, dtype=dtype, new_state=memory, uncut=WHOLE_KINDS
+    )
     return GradientPath(
         model,
         buckets,

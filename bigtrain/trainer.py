@@ -41,8 +41,7 @@ from bigtrain.models.build import Batch, build_loss, build_model, evaluating
 from bigtrain.observe.records import StepRecord
 from bigtrain.observe.replicas import find_divergence
 from bigtrain.ops.dropout import Dropout, seed_dropout
-from bigtrain.optim import learning_rate
-from bigtrain.optim.optimizer import build_optimizer
+from bigtrain.optim import build_optimizer, kinds_for, learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +95,10 @@ class Trainer:
             dtype=self.dtype,
             bucket_mb=config.parallel.bucket_mb,
             zero=config.zero,
+            kind_of=kinds_for(config.optimizer, self.model),
         )
         self.path = self.pipeline.path
-        self.optimizer = build_optimizer(self.path.segments(), config.optimizer, config.run.kernels)
+        self.optimizer = build_optimizer(self.path, config.optimizer, config.run.kernels)
         self._draws_per_sample = any(isinstance(m, Dropout) for m in self.model.modules())
         self._stream: TrainStream | None = None
 

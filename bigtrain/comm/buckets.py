@@ -8,7 +8,7 @@ kind is one flat segment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,6 @@ from bigtrain.comm.mesh import Axis
 from bigtrain.errors import BigtrainError
 
 ALIGNMENT = 16  # elements: 64 bytes of fp32, a cache line and a vector register
-WHOLE_KINDS = frozenset({"matrix"})  # of parameters that only one rank can update: not cut
 NewState = Callable[[int], torch.Tensor]
 
 
@@ -245,9 +244,7 @@ class Wanted:
 
     @property
     def group(self) -> tuple[object, ...]:
-        cut = self.kind not in WHOLE_KINDS or self.sharing.inner.degree == 1
-        sort = None if cut else (self.kind, self.shard.num_replicas)
-        return id(self.sharing), self.stages, self.param.device, self.param.requires_grad, sort
+        return id(self.sharing), self.stages, self.param.device, self.param.requires_grad
 
 
 def build_buckets(
@@ -256,6 +253,7 @@ def build_buckets(
     bucket_mb: float,
     dtype: torch.dtype,
     new_state: NewState | None = None,
+    uncut: Set[str] = frozenset(),
 ) -> list[Bucket]:
     """Move parameters into flat buckets of about `bucket_mb` MiB of fp32.
 
@@ -265,22 +263,24 @@ def build_buckets(
     that at most one of them is held twice.
 
     new_state(numel): makes zeros where main parameters and the optimizer's state live, if that is
-    not simply the device.
+    not simply the device. uncut: kinds of parameters that must have one owner each.
     """
     return [
-        _fill(index, group, dtype, new_state)
-        for index, group in enumerate(_group(list(reversed(wanted)), bucket_mb))
+        _fill(index, group, dtype, new_state, whole=group[0].kind in uncut)
+        for index, group in enumerate(_group(list(reversed(wanted)), bucket_mb, uncut))
     ]
 
 
-def _group(wanted: Iterable[Wanted], bucket_mb: float) -> Iterator[list[Wanted]]:
+def _group(wanted: Iterable[Wanted], bucket_mb: float, uncut: Set[str]) -> Iterator[list[Wanted]]:
     limit = bucket_mb * 2**20 / 4
     group: list[Wanted] = []
-    size = 0
+    size, key = 0, None
     for each in wanted:
-        ways = each.sharing.inner.degree if each.kind in WHOLE_KINDS else 1  # one for each owner
-        full = size + each.param.numel() > limit * ways
-        if group and (full or each.group != group[0].group):
+        whole = each.kind in uncut and each.sharing.inner.degree > 1
+        before, key = key, (each.group, whole and (each.kind, each.shard.num_replicas))
+        # Of what is not cut, one after the other for each owner.
+        full = size + each.param.numel() > limit * (each.sharing.inner.degree if whole else 1)
+        if group and (full or key != before):
             yield group
             group, size = [], 0
         group.append(each)
@@ -290,13 +290,8 @@ def _group(wanted: Iterable[Wanted], bucket_mb: float) -> Iterator[list[Wanted]]
 
 
 def _place(slots: list[Slot], degree: int) -> int:
-    """Give each slot its place; return the size of an owner's block.
-
-    Blocks are cut wherever their ends fall, but for parameters that must stay whole.
-    """
+    """Give each slot its place; return the size of an owner's block, cut wherever its end falls."""
     slots.sort(key=lambda slot: slot.sort)  # stable
-    if degree > 1 and slots[0].kind in WHOLE_KINDS:
-        return _place_whole(slots, degree)
     end = 0
     for slot in slots:
         slot.start = end
@@ -326,11 +321,17 @@ def _aligned(numel: int) -> int:
 
 
 def _fill(
-    index: int, group: list[Wanted], dtype: torch.dtype, new_state: NewState | None
+    index: int,
+    group: list[Wanted],
+    dtype: torch.dtype,
+    new_state: NewState | None,
+    *,
+    whole: bool,
 ) -> Bucket:
     sharing, trained = group[0].sharing, group[0].param.requires_grad
     slots = [Slot(w.name, w.param, w.kind, w.shard, w.param.shape) for w in group]
-    numel = _place(slots, sharing.inner.degree) * sharing.inner.degree
+    degree = sharing.inner.degree
+    numel = degree * (_place_whole if whole and degree > 1 else _place)(slots, degree)
     device = slots[0].param.device
     full = torch.zeros(numel, dtype=torch.float32 if trained else dtype, device=device)
     for slot in slots:

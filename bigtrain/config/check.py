@@ -16,6 +16,7 @@ from bigtrain.config.schema import (
     FactoryModel,
     GptModel,
     LlamaModel,
+    MuonOptimizer,
     PipelineSection,
     SgdOptimizer,
 )
@@ -340,6 +341,16 @@ def _momentum(config: Config, world_size: int | None) -> Iterator[Problem]:
         )
 
 
+def _whole_matrices(config: Config, world_size: int | None) -> Iterator[Problem]:
+    if isinstance(config.optimizer, MuonOptimizer) and config.parallel.tp > 1:
+        yield Problem(
+            f"optimizer.kind = muon with parallel.tp = {config.parallel.tp}",
+            why="Newton-Schulz needs whole matrices, and tensor parallelism splits them",
+            mend="set parallel.tp=1 (and more dp or pp), or optimizer.kind=adamw",
+            keys=("parallel.tp", "optimizer.kind"),
+        )
+
+
 RULES: tuple[Rule, ...] = (
     _axes_that_exist,
     _world,
@@ -351,4 +362,5 @@ RULES: tuple[Rule, ...] = (
     _generate,
     _schedule,
     _momentum,
+    _whole_matrices,
 )

@@ -1,4 +1,4 @@
-"""Adagrad of some rows of a table, for the sparse gradients of embeddings.
+"""Adagrad of flat blocks, and of some rows of a table, for the sparse gradients of embeddings.
 
 Source: https://jmlr.org/papers/v12/duchi11a.html. Rows that are not named are not looked at.
 """
@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import torch
 
-from bigtrain.ops.flat import LOW, divided, dtype_of, quotient, root, sum_in_lanes, write
+from bigtrain.ops.flat import (
+    LOW,
+    check_blocks,
+    divided,
+    dtype_of,
+    quotient,
+    root,
+    sum_in_lanes,
+    write,
+)
 from bigtrain.ops.library import Library
 from bigtrain.ops.op import (
     Kernels,
@@ -19,6 +28,74 @@ from bigtrain.ops.op import (
     chosen,
     fail,
 )
+
+
+def adagrad_(
+    main: torch.Tensor,
+    grad: torch.Tensor,
+    sum_sq: torch.Tensor,
+    *,
+    lr: float,
+    eps: float = 1e-10,
+    weight_decay: float = 0.0,
+    param: torch.Tensor | None = None,
+    divisor: torch.Tensor | None = None,
+    kernels: Kernels = "auto",
+) -> None:
+    """Do an update of a flat block (see `optimizer`) in place; weight decay is L2.
+
+    sum_sq: fp32, the sum of all squared gradients so far, of every element.
+
+    Raises:
+        BigtrainError: arguments that are not flat blocks of one size, or share memory.
+    """
+    check_blocks("adagrad_", main, grad, param, divisor, sum_sq=sum_sq)
+    use = chosen("adagrad_", kernels, main, grad, param)
+    (_ADAGRAD if use else _reference)(main, param, grad, sum_sq, divisor, lr, eps, weight_decay)
+
+
+def _kernel(
+    library: Library,
+    main: torch.Tensor,
+    param: torch.Tensor | None,
+    grad: torch.Tensor,
+    sum_sq: torch.Tensor,
+    divisor: torch.Tensor | None,
+    *numbers: float,
+) -> None:
+    library.call(
+        "bt_adagrad",
+        main.device,
+        *(main.numel(), main, param, dtype_of(param), grad, grad.dtype, sum_sq, divisor),
+        *numbers,
+    )
+
+
+def _reference(
+    main: torch.Tensor,
+    param: torch.Tensor | None,
+    grad: torch.Tensor,
+    sum_sq: torch.Tensor,
+    divisor: torch.Tensor | None,
+    lr: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    g = divided(grad, divisor) + main * weight_decay
+    total = sum_sq + g * g
+    new = main - g * lr / (root(total) + eps)
+    write(divisor, (sum_sq, total), (main, new), (param, new))
+
+
+_ADAGRAD = Op(
+    "adagrad_(Tensor(a!) main, Tensor(b!)? param, Tensor grad, Tensor(c!) sum_sq, "
+    "Tensor? divisor, float lr, float eps, float weight_decay) -> ()",
+    kernel=_kernel,
+    reference=_reference,
+)
+
+
+# -- rows of a table -------------------------------------------------------------------------------
 
 
 def adagrad_rows_(
@@ -58,7 +135,7 @@ def adagrad_rows_(
     check_flat(name, 1, divisor=divisor)
     check_apart(name, main=main, rows=rows, grad=grad, sums=sums, param=param, divisor=divisor)
     use = chosen(name, kernels, main, grad, param)
-    (_ADAGRAD if use else _reference)(
+    (_ROWS if use else _rows_reference)(
         main, param, rows, grad, sums, divisor, per_row, lr, eps, weight_decay
     )
 
@@ -82,7 +159,7 @@ def _check_rows(name: str, rows: torch.Tensor, num_rows: int) -> None:
         )
 
 
-def _kernel(
+def _rows_kernel(
     library: Library,
     main: torch.Tensor,
     param: torch.Tensor | None,
@@ -102,7 +179,7 @@ def _kernel(
     )
 
 
-def _reference(
+def _rows_reference(
     main: torch.Tensor,
     param: torch.Tensor | None,
     rows: torch.Tensor,
@@ -131,9 +208,9 @@ def _reference(
         param.view_as(main)[rows] = own
 
 
-_ADAGRAD = Op(
+_ROWS = Op(
     "adagrad_rows_(Tensor(a!) main, Tensor(b!)? param, Tensor rows, Tensor grad, Tensor(c!) sums, "
     "Tensor? divisor, bool per_row, float lr, float eps, float weight_decay) -> ()",
-    kernel=_kernel,
-    reference=_reference,
+    kernel=_rows_kernel,
+    reference=_rows_reference,
 )

@@ -15,7 +15,7 @@ from bigtrain.ops.op import LEFT_TO_TORCH
 
 # By the names that `chosen` is asked with.
 OPERATIONS = {
-    "optimizer": ("adamw_", "sgd_", "lamb_", "adagrad_rows_", "grad_norm"),
+    "optimizer": (*("adamw_", "sgd_", "lamb_", "lion_", "adagrad_", "adagrad_rows_", "grad_norm"),),
     "compression": (
         *("sign_pack_", "sign_residual", "sign_unpack_mean"),
         *("quantize_", "dequantize_mean", "delta_pack_", "delta_apply_"),

@@ -1,6 +1,29 @@
 """Optimizers on flat segments, and learning-rate schedules."""
 
-from bigtrain.optim.optimizer import SGD, AdamW, Optimizer, decay_kind
+from bigtrain.optim.adagrad import Adagrad
+from bigtrain.optim.adamw import AdamW
+from bigtrain.optim.build import build_optimizer
+from bigtrain.optim.kinds import WHOLE_KINDS, KindOf, decay_kind, kinds_for, matrix_kinds
+from bigtrain.optim.lamb import LAMB
+from bigtrain.optim.lion import Lion
+from bigtrain.optim.muon import Muon
+from bigtrain.optim.optimizer import Optimizer
 from bigtrain.optim.schedule import learning_rate
+from bigtrain.optim.sgd import SGD
 
-__all__ = ["SGD", "AdamW", "Optimizer", "decay_kind", "learning_rate"]
+__all__ = [
+    "LAMB",
+    "SGD",
+    "WHOLE_KINDS",
+    "Adagrad",
+    "AdamW",
+    "KindOf",
+    "Lion",
+    "Muon",
+    "Optimizer",
+    "build_optimizer",
+    "decay_kind",
+    "kinds_for",
+    "learning_rate",
+    "matrix_kinds",
+]

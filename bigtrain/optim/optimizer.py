@@ -1,66 +1,69 @@
-"""AdamW and SGD on flat segments, one fused pass each."""
+"""What all optimizers share: segments, state, the order of a step."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import groupby
 
 import torch
-from torch import nn
 
 from bigtrain.comm.buckets import Bucket, Segment
-from bigtrain.config.schema import AdamwOptimizer, SgdOptimizer
+from bigtrain.comm.gradient import GradientPath
 from bigtrain.ops.op import Kernels
-from bigtrain.ops.optimizer import adamw_, sgd_
+from bigtrain.optim.kinds import NO_DECAY
 
-DECAY, NO_DECAY = "decay", "no_decay"
-
-
-def decay_kind(name: str, param: nn.Parameter) -> str:
-    """Return which kind a parameter is: matrices and embeddings decay, norms and biases do not."""
-    return DECAY if param.ndim >= 2 else NO_DECAY
+Source = GradientPath | Iterable[Segment]
+"""A gradient path, or some of its segments."""
 
 
 class Optimizer(ABC):
-    """Updates the main parameters of `segments` from their main gradients, in place, on this rank.
+    """Updates the main parameters of segments from their main gradients, in place, on this rank.
 
     What the model computes with, if that is of a lower precision, is written in the same pass.
-    Nothing is communicated. `moments` holds, by name, one flat fp32 tensor per segment.
+    Nothing is communicated, unless an optimizer says so. `moments` holds, by name, one flat fp32
+    tensor per segment, or None for a segment that has no such state.
     """
 
-    def __init__(
-        self, segments: Iterable[Segment], lr: float, weight_decay: float, kernels: Kernels
-    ) -> None:
-        self.segments = list(segments)
+    def __init__(self, source: Source, lr: float, weight_decay: float, kernels: Kernels) -> None:
+        found = source.segments() if isinstance(source, GradientPath) else source
+        self.segments: list[Segment] = list(found)
         self.lr = lr
         self.weight_decay = weight_decay
         self.kernels: Kernels = kernels
         self.num_updates = 0
-        self.moments: dict[str, list[torch.Tensor]] = {}
+        self.moments: dict[str, list[torch.Tensor | None]] = {}
 
+    @torch.no_grad()
     def step(
         self,
         lr: float | None = None,
         grad_divisor: torch.Tensor | None = None,
-        done: Callable[[Bucket], None] = lambda bucket: None,
+        done: Callable[[Bucket], None] | None = None,
     ) -> None:
         """Do one update with rate `lr`; gradients are first divided by the scalar `grad_divisor`.
 
-        Clipping is such a division, fused into the update: no pass over memory of its own.
-        done(bucket) is called as soon as all that this rank owns of a bucket is updated.
+        Clipping is such a division, fused into the update: no pass over memory of its own. If the
+        divisor is NaN or infinite, neither parameters nor moments change. `done(bucket)` is called
+        as soon as all segments of a bucket are updated, beginning with the last bucket, which is
+        what the next forward uses first; not for a bucket of which there are none here.
         """
         self.num_updates += 1
         rate = self.lr if lr is None else lr
-        left = Counter(segment.bucket for segment in self.segments)
-        # Backward, since the last bucket is what the next forward uses first.
-        for index, segment in reversed(list(enumerate(self.segments))):
-            decay = self.weight_decay if segment.kind == DECAY else 0.0
-            divisor = None if grad_divisor is None else grad_divisor.to(segment.main_params.device)
-            segment.bucket.rounded = self._update(index, segment, rate, decay, divisor)
-            left[segment.bucket] -= 1
-            if not left[segment.bucket]:
-                done(segment.bucket)
+        if grad_divisor is not None and self.segments:
+            grad_divisor = grad_divisor.to(self.segments[0].main_params.device)
+        self._prepare(grad_divisor)
+        backward = reversed(list(enumerate(self.segments)))
+        for bucket, segments in groupby(backward, key=lambda item: item[1].bucket):
+            for index, segment in segments:
+                decay = 0.0 if segment.kind == NO_DECAY else self.weight_decay
+                self._update(index, segment, rate, decay, grad_divisor)
+            bucket.rounded = True
+            if done is not None:
+                done(bucket)
+
+    def _prepare(self, divisor: torch.Tensor | None) -> None:  # noqa: B027 - most need nothing
+        """Do what needs all segments, before any is updated."""
 
     @abstractmethod
     def _update(
@@ -70,99 +73,21 @@ class Optimizer(ABC):
         lr: float,
         weight_decay: float,
         divisor: torch.Tensor | None,
-    ) -> bool:
-        """Update this segment, the one with that index; return whether `low_params` too."""
-
-    def _zeros(self) -> list[torch.Tensor]:
-        return [segment.new_state() for segment in self.segments]
-
-
-class AdamW(Optimizer):
-    """AdamW (https://arxiv.org/abs/1711.05101), with bias correction, moments in fp32."""
-
-    def __init__(
-        self,
-        segments: Iterable[Segment],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
-        kernels: Kernels = "auto",
     ) -> None:
-        super().__init__(segments, lr, weight_decay, kernels)
-        self.betas, self.eps = betas, eps
-        self.moments = {"exp_avg": self._zeros(), "exp_avg_sq": self._zeros()}
+        """Update this segment, the one with that index, and its `low_params` if it has any."""
 
-    def _update(
-        self,
-        index: int,
-        segment: Segment,
-        lr: float,
-        weight_decay: float,
-        divisor: torch.Tensor | None,
-    ) -> bool:
-        adamw_(
-            segment.main_params,
-            segment.main_grads,
-            self.moments["exp_avg"][index],
-            self.moments["exp_avg_sq"][index],
-            step=self.num_updates,
-            lr=lr,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=weight_decay,
-            param=segment.low_params,
-            divisor=divisor,
-            kernels=self.kernels,
-        )
+    def _keeps(self, name: str, kind: str) -> bool:
+        """Return whether segments of this kind have the moment `name`."""
         return True
 
+    def _add_moment(self, name: str) -> None:
+        """Make room for the moment `name`, zeros."""
+        self.moments[name] = [
+            s.bucket.new_state(s.stop - s.start) if self._keeps(name, s.kind) else None
+            for s in self.segments
+        ]
 
-class SGD(Optimizer):
-    """Stochastic gradient descent with momentum, L2 decay, and Nesterov's form on request."""
-
-    def __init__(
-        self,
-        segments: Iterable[Segment],
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        nesterov: bool = False,
-        weight_decay: float = 0.0,
-        kernels: Kernels = "auto",
-    ) -> None:
-        super().__init__(segments, lr, weight_decay, kernels)
-        self.momentum, self.nesterov = momentum, nesterov
-        self.moments = {"momentum": self._zeros()} if momentum else {}
-
-    def _update(
-        self,
-        index: int,
-        segment: Segment,
-        lr: float,
-        weight_decay: float,
-        divisor: torch.Tensor | None,
-    ) -> bool:
-        sgd_(
-            segment.main_params,
-            segment.main_grads,
-            self.moments["momentum"][index] if self.momentum else None,
-            lr=lr,
-            momentum=self.momentum,
-            nesterov=self.nesterov,
-            weight_decay=weight_decay,
-            param=segment.low_params,
-            divisor=divisor,
-            kernels=self.kernels,
-        )
-        return True
-
-
-def build_optimizer(
-    segments: Iterable[Segment], config: AdamwOptimizer | SgdOptimizer, kernels: Kernels = "auto"
-) -> Optimizer:
-    """Return the optimizer that `config` describes, for these segments."""
-    if isinstance(config, SgdOptimizer):
-        of_sgd = (config.momentum, config.nesterov, config.weight_decay)
-        return SGD(segments, config.lr, *of_sgd, kernels=kernels)
-    of_adamw = ((config.betas[0], config.betas[1]), config.eps, config.weight_decay)
-    return AdamW(segments, config.lr, *of_adamw, kernels=kernels)
+    def _moment(self, name: str, index: int) -> torch.Tensor:
+        flat = self.moments[name][index]
+        assert flat is not None
+        return flat

@@ -75,6 +75,20 @@ BT_API int bt_lamb_apply(int64_t n, float *main, void *param, int param_dtype,
                          float correction1, float correction2, float eps, float weight_decay,
                          int device, void *stream);
 
+/* Lion. g = grad / divisor; c = exp_avg * beta1 + one_minus_beta1 * g;
+   exp_avg = exp_avg * beta2 + one_minus_beta2 * g; main = main * decay - lr * sign(c), where the
+   sign of zero and of NaN is c itself. */
+BT_API int bt_lion(int64_t n, float *main, void *param, int param_dtype, const void *grad,
+                   int grad_dtype, float *exp_avg, const float *divisor, float decay, float beta1,
+                   float one_minus_beta1, float beta2, float one_minus_beta2, float lr, int device,
+                   void *stream);
+
+/* Adagrad. g = grad / divisor + weight_decay * main; sum += g * g;
+   main -= lr * g / (sqrt(sum) + eps), product before quotient. */
+BT_API int bt_adagrad(int64_t n, float *main, void *param, int param_dtype, const void *grad,
+                      int grad_dtype, float *sum, const float *divisor, float lr, float eps,
+                      float weight_decay, int device, void *stream);
+
 /* Adagrad of some rows of a table [num_rows, row_size]: rows[i] (strictly increasing) has gradient
    grad[i]. g = grad / divisor + weight_decay * main; per_row: sum[row] += mean of g * g (fp32: 64
    lanes, element j to lane j % 64, then halves added to each other); else sum[row][j] += g * g;

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from bigtrain.errors import BigtrainError
-from bigtrain.ops.adagrad import adagrad_rows_
+from bigtrain.ops.adagrad import adagrad_, adagrad_rows_
 from bigtrain.ops.grad_norm import grad_norm, unscale_
 from bigtrain.ops.lamb import lamb_, lamb_moments_, trust_ratios
 from bigtrain.ops.library import Library
+from bigtrain.ops.lion import lion_
 from bigtrain.ops.optimizer import adamw_, sgd_
 
 SIZES = [0, 1, 7, 64, 1000, 5003]
@@ -105,10 +106,30 @@ def test_sgd_bits(
     )
 
 
+@pytest.mark.parametrize("low", LOW, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_lion_bits(library: Library, device: torch.device, n: int, low: torch.dtype | None) -> None:
+    on_and_off(
+        lambda number, **all: lion_(lr=1e-2, betas=(0.9, 0.97), weight_decay=0.1, **all),
+        block_of(n, low, device) | {"exp_avg": random(n, 3, device)},
+    )
+
+
+@pytest.mark.parametrize("low", LOW, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_adagrad_bits(
+    library: Library, device: torch.device, n: int, low: torch.dtype | None
+) -> None:
+    on_and_off(
+        lambda number, **all: adagrad_(lr=1e-2, weight_decay=0.1, **all),
+        block_of(n, low, device) | {"sum_sq": random(n, 3, device).abs()},
+    )
+
+
 @pytest.mark.parametrize("per_row", [True, False])
 @pytest.mark.parametrize("low", LOW, ids=str)
 @pytest.mark.parametrize("size", [0, 1, 7, 64, 200])
-def test_adagrad_bits(
+def test_adagrad_rows_bits(
     library: Library, device: torch.device, size: int, low: torch.dtype | None, per_row: bool
 ) -> None:
     rows = torch.tensor([0, 2, 3, 10], device=device)
@@ -190,7 +211,37 @@ def test_sgd_is_torch_sgd(library: Library, device: torch.device, nesterov: bool
     torch.testing.assert_close(main, param.detach(), rtol=1e-5, atol=1e-4)  # of numbers up to 3e3
 
 
-def test_adagrad_is_torch_adagrad(library: Library, device: torch.device) -> None:
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adagrad_is_torch_adagrad(
+    library: Library, device: torch.device, weight_decay: float
+) -> None:
+    param = torch.nn.Parameter(random(777, 1, device))
+    torch_adagrad = torch.optim.Adagrad([param], 0.1, weight_decay=weight_decay)
+    main, sums = param.detach().clone(), torch.zeros(777, device=device)
+    for step in range(5):
+        grad = random(777, step, device)
+        param.grad = grad.clone()
+        torch_adagrad.step()
+        adagrad_(main, grad, sums, lr=0.1, weight_decay=weight_decay)
+    torch.testing.assert_close(main, param.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_lion_in_fp64(library: Library, device: torch.device) -> None:
+    """The published update; element 0 has no gradient and no momentum, so it only decays."""
+    main, m = random(777, 1, device), torch.zeros(777, device=device)
+    wanted, m64 = main.double(), m.double()
+    for step in range(5):
+        grad = random(777, 10 + step, device)
+        grad[0] = 0.0
+        lion_(main, grad, m, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+        c = 0.9 * m64 + 0.1 * grad.double()
+        wanted = wanted - 0.01 * (c.sign() + 0.1 * wanted)
+        m64 = 0.99 * m64 + 0.01 * grad.double()
+    torch.testing.assert_close(main.double(), wanted, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(m.double(), m64, rtol=1e-5, atol=1e-5)  # of numbers up to 3e3
+
+
+def test_adagrad_rows_is_torch_adagrad(library: Library, device: torch.device) -> None:
     """Of every element; rows that are not named stay."""
     param = torch.nn.Parameter(random((6, 5), 1, device))
     torch_adagrad = torch.optim.Adagrad([param], 0.1)
@@ -242,6 +293,8 @@ def test_a_bad_divisor_changes_nothing(library: Library, device: torch.device, b
         sgd_(main, grad, m, lr=1.0, momentum=0.9, **shared)
         lamb_(main, grad, m, v, offsets, step=1, lr=1.0, **shared)
         adagrad_rows_(table, rows, grad.view(5, 10), v.view(5, 10), lr=1.0, **shared)
+        adagrad_(main, grad, v, lr=1.0, **shared)
+        lion_(main, grad, m, lr=1.0, **shared)
         for tensor, old in zip((main, m, v, param), before, strict=True):
             assert same_bits(tensor, old)
 
@@ -274,6 +327,12 @@ def test_denormals_infinities_and_signed_zeros(library: Library, device: torch.d
         on_and_off(
             lambda number, **all: adamw_(step=number, lr=1e-3, **all),
             tensors | {"exp_avg_sq": x.abs()},
+        )
+        on_and_off(lambda number, **all: lion_(lr=1e-3, weight_decay=0.1, **all), tensors)
+        del tensors["exp_avg"]
+        on_and_off(
+            lambda number, **all: adagrad_(lr=1e-3, weight_decay=0.1, **all),
+            tensors | {"sum_sq": x.abs()},
         )
 
 
@@ -356,6 +415,8 @@ def test_opcheck() -> None:
     few = {"test_utils": ("test_schema", "test_faketensor", "test_autograd_registration")}
     torch.library.opcheck(ops.adamw_, (main, param, grad, m, v, divisor, *[0.5] * 7), **few)
     torch.library.opcheck(ops.sgd_, (main, param, grad, None, None, 0.1, 0.9, 0.0, True), **few)
+    torch.library.opcheck(ops.lion_, (main, param, grad, m, divisor, *[0.5] * 6), **few)
+    torch.library.opcheck(ops.adagrad_, (main, None, grad, v, None, 0.1, 1e-10, 0.0), **few)
     torch.library.opcheck(ops.lamb_moments_, (main, grad, m, v, None, offsets, *[0.5] * 7), **few)
     ratios = torch.ones(2)
     torch.library.opcheck(

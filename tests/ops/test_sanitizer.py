@@ -16,13 +16,14 @@ import sys
 import torch
 from bigtrain.ops import op
 from bigtrain.ops.activations import bias_gelu, swiglu
-from bigtrain.ops.adagrad import adagrad_rows_
+from bigtrain.ops.adagrad import adagrad_, adagrad_rows_
 from bigtrain.ops.cross_entropy import cross_entropy
 from bigtrain.ops.delta import delta_apply_, delta_pack_
 from bigtrain.ops.dropout import bias_dropout_residual
 from bigtrain.ops.grad_norm import unscale_
 from bigtrain.ops.lamb import lamb_
 from bigtrain.ops.library import Library
+from bigtrain.ops.lion import lion_
 from bigtrain.ops.norms import layer_norm, rms_norm
 from bigtrain.ops.optimizer import adamw_, sgd_
 from bigtrain.ops.quantize import dequantize_mean, quantize_
@@ -47,6 +48,8 @@ def flat(n, low):
     adamw_(main, grad, m, v, step=1, lr=0.1, param=param, divisor=divisor, kernels="on")
     sgd_(main, grad, m, lr=0.1, momentum=0.9, nesterov=True, param=param, kernels="on")
     lamb_(main, grad, m, v, torch.tensor([0, n // 2, n]), step=1, lr=0.1, kernels="on")
+    lion_(main, grad, m, lr=0.1, param=param, divisor=divisor, kernels="on")
+    adagrad_(main, grad, v, lr=0.1, param=param, divisor=divisor, kernels="on")
     unscale_([grad, new(n), new(3)], divisor, kernels="on")
     table, rows = new(5, n), torch.tensor([0, 4])
     adagrad_rows_(table, rows, new(2, n, dtype=low), torch.zeros(5), lr=0.1, kernels="on")

@@ -1,4 +1,5 @@
-// Adagrad of rows of a table. Sixteen threads have a row: each holds 4 of the 64 lanes of its sum.
+// Adagrad of a flat block; and of rows of a table. There sixteen threads have a row: each holds 4 of
+// the 64 lanes of its sum.
 #include "bt_device.cuh"
 
 namespace {
@@ -13,6 +14,29 @@ struct Adagrad {
     main = main - lr * g / (sqrtf(sum) + eps);
   }
 };
+
+template <typename Param, typename Grad>
+__global__ void __launch_bounds__(THREADS)
+    adagrad(int64_t n, float *main, Param *param, const Grad *grad, float *sum,
+            const float *divisor, Adagrad update, bool aligned) {
+  const float scale = divisor_of(divisor);
+  if (!is_finite(scale)) return;
+  for_each_pack(n, [&](int64_t i, int count) {
+    float p[PACK], g[PACK], s[PACK];
+    load_pack(main + i, count, aligned, p);
+    load_pack(grad + i, count, aligned, g);
+    load_pack(sum + i, count, aligned, s);
+#pragma unroll
+    for (int k = 0; k < PACK; k++) {
+      g[k] = update.gradient(g[k] / scale, p[k]);
+      s[k] = s[k] + g[k] * g[k];
+      update.step(p[k], g[k], s[k]);
+    }
+    store_pack(main + i, count, aligned, p);
+    store_pack(sum + i, count, aligned, s);
+    if (param) store_pack(param + i, count, aligned, p);
+  });
+}
 
 // The lanes of a team, halves added to each other. Every thread of the warp calls it, every thread
 // of the team gets the total.
@@ -79,6 +103,21 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 }  // namespace
+
+BT_API int bt_adagrad(int64_t n, float *main, void *param, int param_dtype, const void *grad,
+                      int grad_dtype, float *sum, const float *divisor, float lr, float eps,
+                      float weight_decay, int device, void *stream) {
+  if (n <= 0) return n == 0 ? BT_OK : BT_BAD_ARGUMENT;
+  const Adagrad update{lr, eps, weight_decay};
+  const bool aligned = can_pack(main, param, grad, sum);
+  OnDevice on(device);
+  BT_DISPATCH_IF(param, param_dtype, Param,
+      BT_DISPATCH(grad_dtype, Grad,
+          BT_LAUNCH(adagrad<Param, Grad>, blocks_for(n), THREADS, 0, stream, n, main,
+                    static_cast<Param *>(param), static_cast<const Grad *>(grad), sum, divisor,
+                    update, aligned)));
+  return on.status();
+}
 
 BT_API int bt_adagrad_rows(int64_t num_given, int64_t row_size, const int64_t *rows, float *main,
                            void *param, int param_dtype, const void *grad, int grad_dtype,

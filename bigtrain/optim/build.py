@@ -1,0 +1,49 @@
+"""From the config's optimizer section to an optimizer."""
+
+from __future__ import annotations
+
+from bigtrain.comm.gradient import GradientPath
+from bigtrain.config.schema import (
+    AdagradOptimizer,
+    AdamwOptimizer,
+    LambOptimizer,
+    LionOptimizer,
+    MuonOptimizer,
+    SgdOptimizer,
+)
+from bigtrain.ops.op import Kernels
+from bigtrain.optim.adagrad import Adagrad
+from bigtrain.optim.adamw import AdamW
+from bigtrain.optim.lamb import LAMB
+from bigtrain.optim.lion import Lion
+from bigtrain.optim.muon import Muon
+from bigtrain.optim.optimizer import Optimizer
+from bigtrain.optim.sgd import SGD
+
+OptimizerConfig = (
+    AdamwOptimizer | SgdOptimizer | LambOptimizer | AdagradOptimizer | LionOptimizer | MuonOptimizer
+)
+
+_CLASSES: dict[str, type[Optimizer]] = {
+    "adamw": AdamW,
+    "sgd": SGD,
+    "lamb": LAMB,
+    "adagrad": Adagrad,
+    "lion": Lion,
+    "muon": Muon,
+}
+
+
+def build_optimizer(
+    path: GradientPath, config: OptimizerConfig, kernels: Kernels = "auto"
+) -> Optimizer:
+    """Return the optimizer that `config` describes, for what `path` has on this rank.
+
+    Raises:
+        BigtrainError: the parameters do not suit it.
+    """
+    # The keys of a section are the arguments of its class; `exclude` is for `kinds_for`.
+    options = config.model_dump(exclude={"kind", "exclude"})
+    if "betas" in options:
+        options["betas"] = tuple(options["betas"])
+    return _CLASSES[config.kind](path, kernels=kernels, **options)
