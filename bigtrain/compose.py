@@ -61,9 +61,9 @@ def parallelize(
 
     In this order: split its layers over the tensor-parallel axis, by `tensor_plan` or the plan
     that it brings along, unless it is made of parallel layers already; move it to the mesh's
-    device; let it compute in `dtype` (fp32, or bf16 with fp32 main parameters), frozen parameters
-    and saved buffers included; choose the strategy of the data-parallel axis; put trainable
-    parameters into flat buckets; make all replicas equal to the one of the first rank.
+    device; let it compute in `dtype` (fp32, or bf16, fp16 with fp32 main parameters), frozen
+    parameters and saved buffers included; choose the strategy of the data-parallel axis; put
+    trainable parameters into flat buckets; make all replicas equal to the one of the first rank.
 
     Raises:
         BigtrainError: there is nothing to train, or a parameter that cannot be; a plan is missing

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bigtrain.checkpoint.load import find_last_good, load_blocks
-from bigtrain.checkpoint.manifest import Manifest, State
+from bigtrain.checkpoint.manifest import LossScaleEntry, Manifest, State
 from bigtrain.checkpoint.save import prune, save
 from bigtrain.comm.block import Block, NamedBlock
 from bigtrain.comm.collectives import (
@@ -42,11 +42,12 @@ from bigtrain.observe.records import StepRecord
 from bigtrain.observe.replicas import find_divergence
 from bigtrain.ops.dropout import Dropout, seed_dropout
 from bigtrain.optim import build_optimizer, kinds_for, learning_rate
+from bigtrain.optim.loss_scale import build_loss_scale
 
 log = logging.getLogger(__name__)
 
 STAGE_SEEDS = 2**40  # seeds of a stage are so far from those of the one before
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_SKIPS = 10  # skipped updates in a row after which a run is given up
 
 
@@ -70,6 +71,7 @@ class Trainer:
         self.step = self.cursor = self.num_skipped = 0
         self.stop_signal: int | None = None
         self.dtype = DTYPES[config.train.precision]
+        self.loss_scale = build_loss_scale(config.train)
         self.microbatch, self.num_microbatches = microbatches_of(config, mesh.layout)
         seed_everything(config.run.seed)  # for what the factories draw, on every rank alike
         vocab_size = getattr(config.model, "vocab_size", None)
@@ -143,6 +145,7 @@ class Trainer:
         """
         begin = time.perf_counter()
         nominal = self.config.train.global_batch * self.source.items_per_sample
+        scale = self.loss_scale.scale
         totals = torch.zeros(4, dtype=torch.float64, device=self.mesh.device)
         micros = Microbatches(self._next_microbatch, self.num_microbatches)
         losses: dict[int, torch.Tensor] = {}
@@ -154,7 +157,9 @@ class Trainer:
             losses[number] = loss.mean.detach()
             totals[0] += loss.mean.detach().double() * count
             totals[1] += count
-            return loss.mean * (count * self.mesh.dp.degree / nominal)
+            # In fp32, since a loss that a user's model returns in fp16 would overflow.
+            mean = loss.mean.float() * scale if self.dtype is torch.float16 else loss.mean
+            return mean * (count * self.mesh.dp.degree / nominal)
 
         def forwards_done() -> None:
             self._vote(totals[2:])
@@ -173,8 +178,9 @@ class Trainer:
         summing[0].wait()
         loss_sum, items, *votes = (totals / self._num_holders).tolist()
 
-        # Losses were weighted as if there were `nominal` items; `correction` makes that right.
-        correction = items / nominal if items > 0 else 1.0
+        # Losses were weighted as if there were `nominal` items, and scaled; `correction` makes
+        # that right.
+        correction = scale * (items / nominal if items > 0 else 1.0)
         norm = float(self.path.grad_norm(self.config.run.kernels)) / correction
         rate = learning_rate(
             self.config.schedule, self.optimizer.lr, self.step, self.config.train.steps
@@ -182,8 +188,11 @@ class Trainer:
         finite = math.isfinite(loss_sum) and math.isfinite(norm)
         if finite:
             self.num_skipped = 0
+            self.loss_scale.found(overflow=False)
             self.optimizer.step(rate, self._divisor(norm, correction), self.path.publish)
             self.path.publish()
+        elif self.loss_scale.dynamic and math.isfinite(loss_sum):
+            self._on_overflow()
         else:
             self._on_nonfinite(micros.ids, losses)
         self.step += 1
@@ -193,7 +202,9 @@ class Trainer:
         speed = items / (time.perf_counter() - begin)
         mean = loss_sum / items if items > 0 else 0.0
         samples = [int(i) for number in sorted(micros.ids) for i in micros.ids[number]]
-        return StepRecord(self.step, mean, norm, rate, round(items), speed, not finite, samples)
+        shown = scale if self.dtype is torch.float16 else None
+        skipped = not finite
+        return StepRecord(self.step, mean, norm, rate, round(items), speed, skipped, samples, shown)
 
     @property
     def _num_shares(self) -> int:
@@ -251,12 +262,35 @@ class Trainer:
             votes[index] = float(asked == number)
 
     def _divisor(self, norm: float, correction: float) -> torch.Tensor | None:
-        """Return what to divide gradients by, for the item count and for clipping, or None."""
+        """Return what to divide gradients by: item count, loss scale, clipping; None for 1."""
         most = self.config.train.max_grad_norm
         divisor = correction * (max(1.0, (norm + 1e-6) / most) if most else 1.0)
         if divisor == 1.0:
             return None
         return torch.tensor(divisor, dtype=torch.float32, device=self.mesh.device)
+
+    def _on_overflow(self) -> None:
+        """Skip this update and halve the loss scale, or end the run if that does not help.
+
+        All ranks get here together: the losses and the norm are the same on all of them.
+        """
+        self.num_skipped += 1
+        self.path.abandon()
+        scale = self.loss_scale.scale
+        self.loss_scale.found(overflow=True)
+        if self.num_skipped < MOST_SKIPS and not self.loss_scale.exhausted:
+            text = "step %d: the gradient overflowed fp16; update skipped, loss scale now %g"
+            log.info(text, self.step + 1, self.loss_scale.scale)
+            return
+        names = self._nonfinite_parameters(gradients=True)
+        raise NonFiniteError(
+            f"step {self.step + 1}: with loss scale {scale:g}, the gradient of "
+            f"{', '.join(names[:3])} is NaN or infinite",
+            why=f"this is number {self.num_skipped} in a row, and halving the scale did not help; "
+            "the update was not done",
+            mend="set train.precision to bf16 or fp32, which shows if backward itself makes a NaN; "
+            "or lower optimizer.lr",
+        )
 
     def _on_nonfinite(
         self, ids: Mapping[int, np.ndarray], losses: Mapping[int, torch.Tensor]
@@ -280,11 +314,13 @@ class Trainer:
         if self.config.train.on_nonfinite == "skip" and self.num_skipped < MOST_SKIPS:
             log.warning("%s; this update is skipped", what)
             return
+        fp16 = "set train.precision=bf16, " if guilty else "set train.loss_scale=dynamic, "
+        fp16 = fp16 if self.dtype is torch.float16 else ""
         in_a_row = f"this is number {self.num_skipped} in a row; " if self.num_skipped > 1 else ""
         raise NonFiniteError(
             what,
             why=in_a_row + "the update was not done; checkpoints hold finite parameters only",
-            mend="look at those samples, lower optimizer.lr, or set train.on_nonfinite=skip",
+            mend=f"look at those samples, lower optimizer.lr, {fp16}or set train.on_nonfinite=skip",
         )
 
     # -- evaluation ----------------------------------------------------------------------------
@@ -333,6 +369,7 @@ class Trainer:
             NonFiniteError: a parameter is NaN or infinite, and such a checkpoint would be no help.
         """
         self._refuse_nonfinite()
+        scale = self.loss_scale
         state = State(
             step=self.step,
             cursor=self.cursor,
@@ -341,6 +378,9 @@ class Trainer:
             data_fingerprint=self.source.fingerprint,
             layout=self.mesh.layout.degrees,
             config=self.config.model_dump(),
+            loss_scale=LossScaleEntry(scale=scale.scale, good_steps=scale.good_steps)
+            if scale.dynamic
+            else None,
         )
         where = save(self.checkpoints, state, list(self._blocks()), self.mesh.world)
         if self.mesh.rank == 0:
@@ -427,6 +467,9 @@ class Trainer:
         load_blocks(where, manifest, self._blocks())
         self.step, self.cursor = state.step, state.cursor
         self.optimizer.num_updates = state.num_updates
+        if state.loss_scale is not None and self.loss_scale.dynamic:
+            saved = state.loss_scale
+            self.loss_scale.scale, self.loss_scale.good_steps = saved.scale, saved.good_steps
         self._stream = None
 
     def _blocks(self) -> Iterator[NamedBlock]:

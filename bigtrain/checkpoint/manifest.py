@@ -48,11 +48,17 @@ class FileEntry(_Entry):
     sha256: str
 
 
+class LossScaleEntry(_Entry):
+    scale: float
+    good_steps: int
+
+
 class State(_Entry):
     """What a run needs besides tensors to go on exactly where it was.
 
     cursor: samples consumed. seed and cursor are all there is to the random state, since every
-    random number of a run is a function of the seed and of stream positions.
+    random number of a run is a function of the seed and of stream positions. loss_scale: that of
+    fp16, if it is dynamic.
     """
 
     step: int
@@ -62,6 +68,7 @@ class State(_Entry):
     data_fingerprint: str
     layout: dict[str, int]
     config: dict[str, Any]
+    loss_scale: LossScaleEntry | None = None
 
 
 class Manifest(_Entry):
@@ -76,13 +83,17 @@ class Manifest(_Entry):
 
     def compute_digest(self) -> str:
         """Return the hash of everything but the digest."""
-        content = json.loads(self.model_dump_json(exclude={"digest"}))
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return _digest_of(json.loads(self.model_dump_json()))
 
     @property
     def num_bytes(self) -> int:
         """Size of all tensor files."""
         return sum(entry.size for entry in self.files.values())
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -112,7 +123,7 @@ def read_manifest(folder: Path) -> Manifest:
         why = str(error).split("\n")[0]
         mend = "use another checkpoint; `bigtrain ckpt list` shows them"
         raise CheckpointError(f"{path} is damaged", why=why, mend=mend) from error
-    if manifest.digest != manifest.compute_digest():
+    if manifest.digest != _digest_of(raw):  # as written: older ones lack keys of today
         raise CheckpointError(
             f"{path} is damaged",
             why="its content is another than was written (digest differs)",

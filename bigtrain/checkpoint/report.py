@@ -57,7 +57,8 @@ def inspect_lines(folder: str) -> list[str]:
     layout = " x ".join(f"{axis}={degree}" for axis, degree in state.layout.items())
     lines = [
         f"{path}",
-        f"step {state.step}, {state.cursor} samples consumed, {state.num_updates} updates",
+        f"step {state.step}, {state.cursor} samples consumed, {state.num_updates} updates"
+        + (f", loss scale {state.loss_scale.scale:g}" if state.loss_scale else ""),
         f"seed {state.seed}, data {state.data_fingerprint}, written by {layout}",
         "",
     ]

@@ -19,6 +19,8 @@ from bigtrain.config.schema import (
     MuonOptimizer,
     PipelineSection,
     SgdOptimizer,
+    TrainSection,
+    ZeroSection,
 )
 from bigtrain.errors import BigtrainError, Problem
 from bigtrain.pipeline.schedule import Table, make_table
@@ -351,6 +353,69 @@ def _whole_matrices(config: Config, world_size: int | None) -> Iterator[Problem]
         )
 
 
+def _loss_scale(config: Config, world_size: int | None) -> Iterator[Problem]:
+    train = config.train
+    fixed = isinstance(train.loss_scale, float)
+    if train.precision != "fp16" and train.loss_scale is not None:
+        yield Problem(
+            f"train.loss_scale has no meaning for train.precision = {train.precision}",
+            why="only gradients in fp16 need it: its smallest number is 6e-8",
+            mend="remove train.loss_scale (leave it empty), or set train.precision=fp16",
+            keys=("train.loss_scale", "train.precision"),
+        )
+    if (train.precision != "fp16" or fixed) and (
+        train.loss_scale_window != TrainSection().loss_scale_window
+    ):
+        why = "a fixed loss scale" if fixed else f"train.precision = {train.precision}"
+        yield Problem(
+            f"train.loss_scale_window has no meaning for {why}",
+            why="it tells when the dynamic loss scale of fp16 doubles",
+            mend="remove train.loss_scale_window, or set train.precision=fp16 and "
+            "train.loss_scale=dynamic",
+            keys=("train.loss_scale_window", "train.precision", "train.loss_scale"),
+        )
+
+
+_ONLY_STAGE_3 = ("reshard_after_forward", "prefetch", "order", "persistent_numel")
+
+
+def _zero(config: Config, world_size: int | None) -> Iterator[Problem]:
+    zero, plain = config.zero, ZeroSection()
+    changed = [key for key in ZeroSection.model_fields if getattr(zero, key) != getattr(plain, key)]
+    idle = [key for key in changed if key != "stage"] if zero.stage == 0 else []
+    if zero.stage in (1, 2):
+        idle = [key for key in changed if key in _ONLY_STAGE_3]
+    for key in idle:
+        least = 3 if key in _ONLY_STAGE_3 else 1
+        yield Problem(
+            f"zero.{key} has no meaning for zero.stage = {zero.stage}",
+            why="nothing is shared out" if least == 1 else "parameters are whole on every rank",
+            mend=f"remove zero.{key}, or set zero.stage={least}",
+            keys=(f"zero.{key}", "zero.stage"),
+        )
+    if zero.offload_dir is not None and zero.offload != "file" and zero.stage:
+        yield Problem(
+            f"zero.offload_dir has no meaning for zero.offload = {zero.offload}",
+            why="it is where the files of zero.offload=file lie",
+            mend="set zero.offload=file, or remove zero.offload_dir",
+            keys=("zero.offload_dir", "zero.offload"),
+        )
+    world = world_size or fixed_world_size(config)
+    if world is None or zero.shard_degree is None:
+        return
+    try:
+        dp = layout_of(config, world).dp
+    except BigtrainError:
+        return  # reported by _world
+    if dp % zero.shard_degree:
+        yield Problem(
+            f"zero.shard_degree = {zero.shard_degree} does not divide dp = {dp}",
+            why="replicas share in groups of one size",
+            mend=f"set zero.shard_degree to one of {_divisors_near(dp, zero.shard_degree)}",
+            keys=("zero.shard_degree", "parallel.dp"),
+        )
+
+
 RULES: tuple[Rule, ...] = (
     _axes_that_exist,
     _world,
@@ -363,4 +428,6 @@ RULES: tuple[Rule, ...] = (
     _schedule,
     _momentum,
     _whole_matrices,
+    _loss_scale,
+    _zero,
 )

@@ -231,7 +231,7 @@ def _explain(error: ErrorDetails, key: Key, tree: Tree) -> Problem:
     return Problem(given, why=error["msg"], mend="correct the value", where=where)
 
 
-_OFTEN_MEANT = {"gpu": "cuda", "float32": "fp32", "bfloat16": "bf16", "fp16": "bf16"}
+_OFTEN_MEANT = {"gpu": "cuda", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -241,6 +241,7 @@ _EXPECTED = {
     "bool_type": "true or false",
     "list_type": "a list",
     "int_or_auto": "a positive whole number, or auto",
+    "scale_or_dynamic": "dynamic, or a number from 1 to 1e38",
     "greater_than": "greater than {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than": "less than {lt}",

@@ -26,11 +26,25 @@ def _positive_or_auto(value: Any) -> Any:
     raise PydanticCustomError("int_or_auto", "a positive whole number, or auto")
 
 
+def _scale_or_dynamic(value: Any) -> Any:
+    if value == "dynamic" or (type(value) in (int, float) and 1 <= value <= 1e38):
+        return value
+    raise PydanticCustomError("scale_or_dynamic", "dynamic, or a number from 1 to 1e38")
+
+
 PositiveInt = Annotated[int, Field(ge=1)]
 CountOrAuto = Annotated[
     int | Literal["auto"],
     BeforeValidator(_positive_or_auto),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
+]
+
+ScaleOrDynamic = Annotated[
+    float | Literal["dynamic"],
+    BeforeValidator(_scale_or_dynamic),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "minimum": 1, "maximum": 1e38}, {"const": "dynamic"}]}
+    ),
 ]
 
 
@@ -247,8 +261,12 @@ class TrainSection(Section):
     """Samples per step over all ranks."""
     microbatch: PositiveInt | None = None
     """Samples per forward on one rank. Empty: all of the rank's share at once."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of parameters and activations; bf16 keeps fp32 main parameters and gradients."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Dtype of parameters and activations; bf16 and fp16 keep fp32 main parameters, gradients."""
+    loss_scale: ScaleOrDynamic | None = None
+    """What fp16 multiplies the loss by: dynamic, or a fixed number. Empty: dynamic with fp16."""
+    loss_scale_window: PositiveInt = 1000
+    """Steps in a row without an overflow after which the dynamic loss scale doubles."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Global norm that gradients are clipped to. Empty: no clipping."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -25,7 +25,7 @@ class Metrics:
 
     def add(self, record: StepRecord | EvalRecord) -> None:
         """Append one record."""
-        values = asdict(record)
+        values = {name: value for name, value in asdict(record).items() if value is not None}
         values.pop("sample_ids", None)
         self._lines.add(values)
         step = values.pop("step")

@@ -65,9 +65,10 @@ class _Formatter(logging.Formatter):
 
 def _line(record: StepRecord, steps: int, unit: str) -> str:
     skipped = "  (update skipped)" if record.skipped else ""
+    scale = f"loss scale {record.loss_scale:,.0f}  " if record.loss_scale is not None else ""
     return (
         f"step {record.step:>{len(str(steps))}}/{steps}  loss {record.loss:.4f}  "
-        f"grad norm {record.grad_norm:.3f}  lr {record.lr:.2e}  "
+        f"grad norm {record.grad_norm:.3f}  lr {record.lr:.2e}  {scale}"
         f"{record.items_per_second:,.0f} {unit}/s{skipped}"
     )
 

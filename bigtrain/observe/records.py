@@ -10,6 +10,7 @@ class StepRecord:
     """One optimizer update.
 
     loss: mean over the global batch, in nats for language models. sample_ids: what this rank read.
+    loss_scale: of this step, in fp16; loss and grad_norm are without it.
     """
 
     step: int
@@ -20,6 +21,7 @@ class StepRecord:
     items_per_second: float
     skipped: bool
     sample_ids: list[int]
+    loss_scale: float | None = None
 
 
 @dataclass(frozen=True)

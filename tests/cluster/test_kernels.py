@@ -38,14 +38,17 @@ def test_kernels_change_nothing(bench: Bench, reference: Run, kernels: str) -> N
 
 
 @pytest.mark.parametrize("model", ["gpt", "llama"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_model_and_precision(bench: Bench, model: str, precision: str) -> None:
     overrides = [*(LLAMA if model == "llama" else ()), f"train.precision={precision}"]
     on = bench.launch(*overrides, "run.kernels=on", "run.dir=on")
     off = bench.launch(*overrides, "run.kernels=off", "run.dir=off")
-    # In bf16 what is rounded once by a kernel is rounded several times by torch.
+    # In bf16 and fp16 what is rounded once by a kernel is rounded several times by torch.
     tolerance = 2e-6 if precision == "fp32" else 4e-3
     assert on.losses() == pytest.approx(off.losses(), rel=tolerance)
+    assert ("loss scale 65,536" in on.out) == (precision == "fp16")
+    scales = {record.get("loss_scale") for record in on.metrics()}
+    assert scales - {None} == ({65536.0} if precision == "fp16" else set())
 
 
 def test_no_library_and_no_compiler(bench: Bench, reference: Run, no_compiler: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
@@ -52,6 +53,21 @@ def edited(**change: object) -> Callable[[Path], None]:
 
 def written(text: str) -> Callable[[Path], object]:
     return lambda path: (path / MANIFEST).write_text(text)
+
+
+def test_a_manifest_from_before_the_loss_scale_is_good(tmp_path: Path) -> None:
+    """The digest covers what was written, not the keys that there are today."""
+    path = save_alone(tmp_path, 1)
+    raw = json.loads((path / MANIFEST).read_text())
+    del raw["state"]["loss_scale"], raw["digest"]
+    text = json.dumps(raw, sort_keys=True)
+    raw["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    (path / MANIFEST).write_text(json.dumps(raw))
+    assert read_manifest(path).state.loss_scale is None
+    raw["state"]["cursor"] += 1
+    (path / MANIFEST).write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="digest differs"):
+        read_manifest(path)
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
