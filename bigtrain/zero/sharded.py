@@ -71,7 +71,8 @@ class Sharded:
         self.wire.add_up(rows, block, first=True)
         what = f"all_reduce of gradient bucket {bucket.index}"
         self._across.append((bucket, start_all_reduce(block, sharing.outer, what)))
-        if len(self._across) > self.in_flight:
+        # Another stage may come to its part of a tied bucket only after what this one sends next.
+        if len(self._across) > self.in_flight and self._across[0][0].sharing.outer is self.outer:
             self._collect()
 
     def _collect(self) -> None:

@@ -198,7 +198,7 @@ def test_done_names_each_bucket_once_its_segments_are_updated() -> None:
             assert all(moved) if other.index in seen else not any(moved)
 
     optimizer.step(done=done)
-    assert seen == [bucket.index for bucket in path.buckets]
+    assert seen == [bucket.index for bucket in reversed(path.buckets)]
     assert len(seen) > 2
 
 

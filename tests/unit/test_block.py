@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from bigtrain.comm.block import Block
-from bigtrain.errors import BigtrainError
 
 
 def random_block(shape: tuple[int, ...], dice: random.Random) -> Block:
@@ -29,22 +28,23 @@ def test_whole(shape: tuple[int, ...]) -> None:
     block = Block.whole(shape)
     assert block.sizes == shape
     assert elements(block, shape) == set(range(torch.Size(shape).numel()))
-    assert Block.rows(shape, 0, block.numel) == block
+    assert list(Block.cover(shape, 0, block.numel)) == [block]
 
 
-@pytest.mark.parametrize("shape", [(6,), (6, 4), (6, 2, 3)])
-def test_rows_are_that_part_of_the_flat_tensor(shape: tuple[int, ...]) -> None:
-    row = torch.Size(shape[1:]).numel()
-    for first, last in itertools.combinations(range(7), 2):
-        block = Block.rows(shape, first * row, last * row)
-        assert elements(block, shape) == set(range(first * row, last * row))
-        assert block.numel == (last - first) * row
+@pytest.mark.parametrize("shape", [(6,), (6, 4), (4, 2, 3), (3, 1, 2, 2)])
+def test_cover_is_that_part_of_the_flat_tensor(shape: tuple[int, ...]) -> None:
+    numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    for start, stop in itertools.combinations(range(numbers.numel() + 1), 2):
+        blocks = list(Block.cover(shape, start, stop))
+        found = torch.cat([numbers[block.slices].flatten() for block in blocks])
+        assert found.tolist() == list(range(start, stop))
+        assert len(blocks) <= 2 * len(shape) - 1
 
 
-@pytest.mark.parametrize(("start", "stop"), [(1, 8), (0, 5), (4, 7), (3, 5)])
-def test_cuts_inside_a_row_are_refused(start: int, stop: int) -> None:
-    with pytest.raises(BigtrainError, match="a row has 4 elements"):
-        Block.rows((6, 4), start, stop)
+@pytest.mark.parametrize(("start", "stop"), [(0, 24), (4, 20), (12, 16)])
+def test_whole_rows_are_one_block(start: int, stop: int) -> None:
+    row = Block((start // 4, 0), ((stop - start) // 4, 4))
+    assert list(Block.cover((6, 4), start, stop)) == [row]
 
 
 def test_intersect_is_what_both_have() -> None:
