@@ -29,6 +29,7 @@ _PUBLIC = {
     "Trainer": "bigtrain.trainer",
     "VocabParallelCrossEntropy": "bigtrain.tensor",
     "VocabParallelEmbedding": "bigtrain.tensor",
+    "ZeroSection": "bigtrain.config.schema",
     "apply_tensor_parallel": "bigtrain.tensor",
     "build_pipeline": "bigtrain.compose",
     "gather_sequence": "bigtrain.tensor",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from bigtrain.compose import build_pipeline, parallelize
     from bigtrain.config.layout import Layout
     from bigtrain.config.load import load_config
+    from bigtrain.config.schema import ZeroSection
     from bigtrain.errors import BigtrainError
     from bigtrain.optim import LAMB, SGD, Adagrad, AdamW, Lion, Muon, matrix_kinds
     from bigtrain.pipeline.layer import Layer
@@ -92,6 +94,7 @@ __all__ = [
     "Trainer",
     "VocabParallelCrossEntropy",
     "VocabParallelEmbedding",
+    "ZeroSection",
     "apply_tensor_parallel",
     "build_pipeline",
     "gather_sequence",

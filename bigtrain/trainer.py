@@ -429,8 +429,8 @@ class Trainer:
         found = find_last_good(self.checkpoints, self.mesh.world)
         if found is None:
             return None
-        names = [block.name for block in self._blocks()]
-        everyone = all_gather_object(names, self.mesh.pp, "names of what the stages have")
+        names = sorted({block.name for block in self._blocks()})
+        everyone = all_gather_object(names, self.mesh.world, "names of what the ranks have")
         known = {name for names in everyone for name in names}
         together(lambda: self._take_up(*found, known), self.mesh.world, "loading a checkpoint")
         self.path.publish()
