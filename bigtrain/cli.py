@@ -94,6 +94,34 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def convert(
+    file: Annotated[str, typer.Argument(help="DeepSpeed's JSON config", metavar="FILE.json")],
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="Where to write it; else to the screen.")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Data-parallel ranks, where the file leaves it open.")
+    ] = None,
+) -> None:
+    """Turn a DeepSpeed config into one of bigtrain, and tell what is not the same."""
+    from pathlib import Path
+
+    from bigtrain.config.deepspeed.convert import convert as convert_file
+    from bigtrain.config.deepspeed.write import report_lines, write_new, yaml_of
+
+    conversion = convert_file(Path(file), ranks)
+    text = yaml_of(conversion)
+    if output is None:
+        typer.echo(text)
+    else:
+        write_new(Path(output), text)
+    for line in report_lines(conversion):
+        typer.echo(line, err=output is None)
+    if output is not None:
+        typer.echo(f"written: {output}; look it over, then: bigtrain check {output}")
+
+
+@app.command()
 def doctor() -> None:
     """Tell what this machine has, and who does each operation here: a kernel, or torch."""
     import logging

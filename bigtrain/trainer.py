@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from bigtrain.checkpoint.load import find_last_good, load_blocks
 from bigtrain.checkpoint.manifest import LossScaleEntry, Manifest, State
 from bigtrain.checkpoint.save import prune, save
-from bigtrain.comm.block import Block, NamedBlock
+from bigtrain.comm.block import NamedBlock
 from bigtrain.comm.collectives import (
     Pending,
     all_gather_object,
@@ -35,6 +36,10 @@ from bigtrain.data.build import open_source
 from bigtrain.data.microbatches import Microbatch, Microbatches
 from bigtrain.data.permutation import derive_seed
 from bigtrain.data.stream import TrainStream, rank_positions, seed_everything, validation_batches
+from bigtrain.engines.deepspeed_engine import DeepSpeedEngine
+from bigtrain.engines.deepspeed_setup import load_deepspeed
+from bigtrain.engines.native import NativeState
+from bigtrain.engines.seam import Gradients, Holder, Runner, Updater
 from bigtrain.errors import BigtrainError, CheckpointError, NonFiniteError
 from bigtrain.lifetime import STOP_SIGNALS
 from bigtrain.models.build import Batch, build_loss, build_model, evaluating
@@ -43,6 +48,7 @@ from bigtrain.observe.replicas import find_divergence
 from bigtrain.ops.dropout import Dropout, seed_dropout
 from bigtrain.optim import build_optimizer, kinds_for, learning_rate
 from bigtrain.optim.loss_scale import build_loss_scale
+from bigtrain.pipeline.run import Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +74,8 @@ class Trainer:
     ) -> None:
         self.config, self.mesh, self.checkpoints = config, mesh, checkpoints
         self.stop_requested = stop_requested
+        if config.engine.kind == "deepspeed":
+            together(lambda: load_deepspeed(mesh.device), mesh.world, "importing DeepSpeed")
         self.step = self.cursor = self.num_skipped = 0
         self.stop_signal: int | None = None
         self.dtype = DTYPES[config.train.precision]
@@ -82,7 +90,35 @@ class Trainer:
             lambda: build_model(config.model, kernels), mesh.world, "building the model"
         )
         self.loss_of = together(lambda: build_loss(config.model), mesh.world, "finding the loss")
-        self.pipeline = build_pipeline(
+        self.pipeline: Runner
+        self.path: Gradients
+        self.optimizer: Updater
+        self.state: Holder
+        if config.engine.kind == "deepspeed":
+            engine = self._deepspeed()
+            self.pipeline = self.path = self.optimizer = self.state = engine
+        else:
+            pipeline = self._native()
+            path = pipeline.path
+            optimizer = build_optimizer(path, config.optimizer, config.run.kernels)
+            self.pipeline, self.path, self.optimizer = pipeline, path, optimizer
+            self.state = NativeState(self.model, path, optimizer, mesh.dp)
+        self._draws_per_sample = any(isinstance(m, Dropout) for m in self.model.modules())
+        self._stream: TrainStream | None = None
+
+    def _deepspeed(self) -> DeepSpeedEngine:
+        return DeepSpeedEngine(
+            self.model,
+            self.mesh,
+            self.config,
+            dtype=self.dtype,
+            microbatch=self.microbatch,
+            num_microbatches=self.num_microbatches,
+        )
+
+    def _native(self) -> Pipeline:
+        config, mesh = self.config, self.mesh
+        return build_pipeline(
             self.model,
             mesh,
             schedule=together(lambda: schedule_of(config), mesh.world, "reading the schedule"),
@@ -99,10 +135,6 @@ class Trainer:
             zero=config.zero,
             kind_of=kinds_for(config.optimizer, self.model),
         )
-        self.path = self.pipeline.path
-        self.optimizer = build_optimizer(self.path, config.optimizer, config.run.kernels)
-        self._draws_per_sample = any(isinstance(m, Dropout) for m in self.model.modules())
-        self._stream: TrainStream | None = None
 
     def _example(self) -> Batch | None:
         """Return a batch of one microbatch, if the model may be cut: to see what its parts cost."""
@@ -343,10 +375,13 @@ class Trainer:
             microbatch=self.microbatch,
             rank=dp.rank,
             degree=dp.degree,
+            even=self.config.zero.stage == 3,  # whose forward communicates
         )
 
         def add_up(model: Any, number: int, batch: Batch) -> None:
             loss = self.loss_of(model, batch)
+            if not some[number][0]:
+                return  # computed only because others have one batch more
             items = some[number][0] * self.source.items_per_sample
             count = loss.count if loss.count is not None else items
             totals.add_(torch.tensor([float(loss.mean) * count, count]).to(totals))
@@ -464,7 +499,7 @@ class Trainer:
                 why="the checkpoint is of another model or of another optimizer",
                 mend="resume with the config that wrote it (it is in its manifest)",
             )
-        load_blocks(where, manifest, self._blocks())
+        self.state.take_up(partial(load_blocks, where, manifest))
         self.step, self.cursor = state.step, state.cursor
         self.optimizer.num_updates = state.num_updates
         if state.loss_scale is not None and self.loss_scale.dynamic:
@@ -474,28 +509,7 @@ class Trainer:
 
     def _blocks(self) -> Iterator[NamedBlock]:
         """Yield everything that a checkpoint holds, as blocks of this rank's own memory."""
-        path, dp = self.path, self.mesh.dp
-        yield from path.blocks("model.", [segment.main_params for segment in path.segments()])
-        for moment, flats in self.optimizer.moments.items():
-            yield from path.blocks(f"optimizer.{moment}.", flats)
-        # What is in no bucket: persistent buffers and frozen parameters, the same on all ranks.
-        yield from path.frozen_blocks("model.")
-        every = [*path.buckets, *path.frozen]
-        known = {id(slot.param) for bucket in every for slot in bucket.slots}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if not isinstance(tensor, torch.Tensor):
-                raise CheckpointError(
-                    f"{name} in the model's state is a {type(tensor).__name__}, not a tensor",
-                    why="checkpoints hold tensors only, so that loading one runs no code",
-                    mend="keep that state in a buffer instead of get_extra_state",
-                )
-            if id(tensor) not in known:
-                known.add(id(tensor))
-                whole = Block.whole(tensor.shape)
-                name = path.names.get(tensor, name)
-                yield from path.shards[name].named_blocks(
-                    f"model.{name}", whole, tensor.data, (dp.rank, dp.degree)
-                )
+        return self.state.blocks()
 
 
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> tuple[str, str]:

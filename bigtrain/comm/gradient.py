@@ -22,6 +22,7 @@ from bigtrain.comm.block import Block, NamedBlock, Shard
 from bigtrain.comm.buckets import Bucket, Segment, Slot
 from bigtrain.comm.collectives import all_reduce, broadcast
 from bigtrain.comm.mesh import Axis
+from bigtrain.comm.model_buffers import ModelBuffers
 from bigtrain.comm.sync import GradientSync, Passage
 from bigtrain.errors import BigtrainError
 from bigtrain.ops.grad_norm import grad_norm
@@ -101,7 +102,7 @@ class GradientPath:
         self._open: set[nn.Parameter] = set()  # whose gradients are not final in this step
         self._by_step = self._by_passage = _Departures(())
         self._unpublished = list(self.buckets)
-        self._published: list[torch.Tensor] = []  # copies of the buffers, to go back to
+        self._buffers = ModelBuffers(model, sync.axis)
         self._places = {
             slot.param: (bucket, slot) for bucket in self.buckets for slot in bucket.slots
         }
@@ -117,7 +118,7 @@ class GradientPath:
             if param not in held:
                 axis = self.axis_of(self.names.get(param, name))
                 broadcast(param, axis, "broadcast of a frozen parameter")
-        self._equalize_buffers()
+        self._buffers.equalize()
 
     # -- a step --------------------------------------------------------------------------------
 
@@ -240,7 +241,7 @@ class GradientPath:
             self.sync.publish(self._unpublished.pop(0))
         if bucket is None:
             self._unpublished = list(reversed(self.buckets))
-            self._equalize_buffers()
+            self._buffers.equalize()
 
     def settle(self) -> None:
         """Return when nothing is on the wire any more, once the last step is published."""
@@ -255,8 +256,7 @@ class GradientPath:
         self._state = _State.IDLE
         for bucket in self.buckets:
             bucket.grads = None if bucket.sharing.sharded_grads else bucket.grads
-        for buffer, before in zip(self._buffers(), self._published, strict=True):
-            buffer.copy_(before)
+        self._buffers.restore()
 
     # -- what others ask -----------------------------------------------------------------------
 
@@ -406,22 +406,3 @@ class GradientPath:
             if param._version != slot.version:
                 slot.version = param._version
                 bucket.take_up(slot)
-
-    def _buffers(self) -> list[torch.Tensor]:
-        """Return what training may change besides parameters: the buffers that are saved.
-
-        Looked up each time, since a module may put a new tensor in a buffer's place.
-        """
-        saved = self.model.state_dict(keep_vars=True)
-        return [buffer for name, buffer in self.model.named_buffers() if name in saved]
-
-    def _equalize_buffers(self) -> None:
-        """Give every rank the buffers of the first rank: one broadcast per dtype."""
-        buffers = self._buffers()
-        for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
-            same = [buffer for buffer in buffers if buffer.dtype == dtype]
-            flat = torch.cat([buffer.reshape(-1) for buffer in same])
-            broadcast(flat, self.sync.axis, "broadcast of the buffers")
-            for buffer, part in zip(same, flat.split([b.numel() for b in same]), strict=True):
-                buffer.copy_(part.view(buffer.shape))
-        self._published = [buffer.clone() for buffer in buffers]

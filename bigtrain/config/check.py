@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
+from bigtrain.config.check_deepspeed import deepspeed_rule
 from bigtrain.config.layout import Layout, legal_head_degrees
 from bigtrain.config.schema import (
     Config,
@@ -430,4 +431,5 @@ RULES: tuple[Rule, ...] = (
     _whole_matrices,
     _loss_scale,
     _zero,
+    deepspeed_rule,
 )

@@ -20,6 +20,7 @@ from bigtrain.config.yaml_tree import Key, Tree, read_file, read_value, write_tr
 from bigtrain.errors import ConfigError, Problem
 
 _DEFAULT_KINDS = {section: next(iter(kinds)) for section, kinds in VARIANTS.items()}
+_DEFAULT_KINDS["engine"] = "native"
 
 
 def load_config(path: str, overrides: Sequence[str] = (), world_size: int | None = None) -> Config:
@@ -48,7 +49,7 @@ def dump(config: Config) -> str:
 
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> Tree:
     """Read `path` on top of what it extends; paths in `extends` are relative to the file."""
-    over = read_file(path)
+    over = _spelled_out(read_file(path))
     if "extends" not in over.values:
         return over
     where = over.places[("extends",)]
@@ -82,6 +83,15 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> Tree:
         return over
     tree = _read_chain(base_path, (*seen, path.resolve()))
     tree.merge(over, _DEFAULT_KINDS)
+    return tree
+
+
+def _spelled_out(tree: Tree) -> Tree:
+    """Read `engine: deepspeed` as `engine: {kind: deepspeed}`, so that files can be merged."""
+    short = tree.values.get("engine")
+    if isinstance(short, str):
+        tree.values["engine"] = {"kind": short}
+        tree.places["engine", "kind"] = tree.places["engine",]
     return tree
 
 

@@ -254,6 +254,13 @@ class PipelineSection(Section):
     """What makes stages equal: operations, counted from shapes, or time on the first rank."""
 
 
+class EngineSection(Section):
+    kind: Literal["native", "deepspeed"] = "native"
+    """Who does data parallelism and the update: bigtrain, or DeepSpeed's engine."""
+    config: dict[str, Any] = {}
+    """More keys for DeepSpeed's own configuration, as in its JSON file (DeepSpeed only)."""
+
+
 class TrainSection(Section):
     steps: PositiveInt = 100
     """Optimizer updates in the whole run."""
@@ -464,6 +471,20 @@ VARIANTS: dict[str, dict[str, type[Section]]] = {
 }
 
 
+def _engine_by_name(value: Any) -> Any:
+    """Let `engine: deepspeed` be short for `engine: {kind: deepspeed}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Engine = Annotated[
+    EngineSection,
+    BeforeValidator(_engine_by_name),
+    WithJsonSchema(
+        {"anyOf": [{"enum": ["native", "deepspeed"]}, EngineSection.model_json_schema()]}
+    ),
+]
+
+
 class Config(Section):
     """A whole run."""
 
@@ -479,6 +500,8 @@ class Config(Section):
     """What data-parallel ranks share out instead of copying it."""
     pipeline: PipelineSection = PipelineSection()
     """How layers are cut into stages, and in what order these work."""
+    engine: Engine = EngineSection()
+    """Who trains: bigtrain itself, or DeepSpeed."""
     train: TrainSection = TrainSection()
     """The loop."""
     optimizer: Optimizer = AdamwOptimizer()

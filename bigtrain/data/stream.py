@@ -114,20 +114,34 @@ class _Positioned(Dataset):
 
 
 def validation_batches(
-    dataset: Dataset, num_samples: int, *, seed: int, microbatch: int, rank: int, degree: int
+    dataset: Dataset,
+    num_samples: int,
+    *,
+    seed: int,
+    microbatch: int,
+    rank: int,
+    degree: int,
+    even: bool = False,
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Yield (samples, batch) of this rank's share of `num_samples` samples from all of `dataset`.
 
     They are the same ones for every run, seed and layout, scattered by a fixed shuffle. What the
-    dataset draws for sample i is a function of (seed, i).
+    dataset draws for sample i is a function of (seed, i). With `even` all ranks have as many
+    batches: one that has none left yields the first again, as (0, batch).
     """
     length = len(dataset)  # type: ignore[arg-type]
     total = min(num_samples, length)
     chosen = shuffled(np.arange(total), length, _VALIDATION_SHUFFLE)
-    for start in range(rank * microbatch, total, microbatch * degree):
+    for first in range(0, total, microbatch * degree):
+        start = first + rank * microbatch
         indices = chosen[start : start + microbatch].tolist()
+        count = len(indices)
+        if not count:
+            if not even:
+                return
+            indices = chosen[:microbatch].tolist()
         seeds = [derive_seed(seed, 3, index) for index in indices]
-        yield len(indices), _collate(_fetch(dataset, indices, seeds))
+        yield count, _collate(_fetch(dataset, indices, seeds))
 
 
 def _fetch(dataset: Any, indices: list[int], seeds: list[int]) -> Any:

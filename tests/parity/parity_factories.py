@@ -83,3 +83,26 @@ class SteepOnSample(nn.Module):
 
 def steep_on_sample(bad: int | None = None, steepness: float = 0.0) -> nn.Module:
     return SteepOnSample(bad, steepness)
+
+
+class Odd(nn.Module):
+    """A frozen layer, a buffer that training changes, a parameter without use, one of 3 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(32, 10)
+        self.frozen = nn.Linear(10, 10)
+        self.frozen.requires_grad_(False)
+        self.norm = nn.BatchNorm1d(10)
+        self.head = nn.Linear(10, 32, bias=False)
+        self.shift = nn.Parameter(torch.zeros(3))
+        self.unused = nn.Parameter(torch.ones(7, 3))
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(self.frozen(self.table(tokens)).flatten(0, 1))
+        hidden = torch.cat([hidden[:, :3] + self.shift, hidden[:, 3:]], dim=1)
+        return F.cross_entropy(self.head(hidden), targets.flatten())
+
+
+def odd() -> nn.Module:
+    return Odd()

@@ -22,7 +22,7 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
         "comm ops",
         "tensor pipeline zero onebit server optim",
         "models data checkpoint observe export plan",
-        "parallelize compose trainer train run",
+        "parallelize compose engines trainer train run",
     )
 )
 OUTSIDE = frozenset({"launch", "cli", ""})  # "" is bigtrain/__init__.py

@@ -1,0 +1,66 @@
+"""What bigtrain's own engine has in its memory, as named blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from bigtrain.comm.block import Block, NamedBlock
+from bigtrain.comm.gradient import GradientPath
+from bigtrain.comm.mesh import Axis
+from bigtrain.errors import CheckpointError
+from bigtrain.optim.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class NativeState:
+    """The state of a model in buckets and of their optimizer."""
+
+    model: nn.Module
+    path: GradientPath
+    optimizer: Optimizer
+    dp: Axis
+
+    def blocks(self) -> Iterator[NamedBlock]:
+        """Yield everything that a checkpoint holds, as blocks of this rank's own memory."""
+        path, dp = self.path, self.dp
+        yield from path.blocks("model.", [segment.main_params for segment in path.segments()])
+        for moment, flats in self.optimizer.moments.items():
+            yield from path.blocks(f"optimizer.{moment}.", flats)
+        # What is in no bucket: persistent buffers and frozen parameters, the same on all ranks.
+        yield from path.frozen_blocks("model.")
+        every = [*path.buckets, *path.frozen]
+        known = {slot.param for bucket in every for slot in bucket.slots}
+        for name, tensor in saved_tensors(self.model):
+            if tensor not in known:
+                whole = Block.whole(tensor.shape)
+                name = path.names.get(tensor, name)
+                yield from path.shards[name].named_blocks(
+                    f"model.{name}", whole, tensor.data, (dp.rank, dp.degree)
+                )
+
+    def take_up(self, load: Callable[[Iterable[NamedBlock]], None]) -> None:
+        """Let `load` fill this rank's memory."""
+        load(self.blocks())
+
+
+def saved_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield each tensor of the model's state once, under the first of its names.
+
+    Raises:
+        CheckpointError: the state has something else than a tensor.
+    """
+    known: set[torch.Tensor] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(
+                f"{name} in the model's state is a {type(tensor).__name__}, not a tensor",
+                why="checkpoints hold tensors only, so that loading one runs no code",
+                mend="keep that state in a buffer instead of get_extra_state",
+            )
+        if tensor not in known:
+            known.add(tensor)
+            yield name, tensor

@@ -1,0 +1,91 @@
+"""What the trainer asks of an engine. Natively four objects answer; DeepSpeed's engine is all four.
+
+A step is: `Runner.run`, `Gradients.finish`, `Gradients.grad_norm`, then `Updater.step` and
+`Gradients.publish`, or `Gradients.abandon`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from bigtrain.comm.block import NamedBlock
+from bigtrain.comm.buckets import Bucket
+from bigtrain.ops.op import Kernels
+from bigtrain.pipeline.passage import LossOf, Prepare
+
+
+class Runner(Protocol):
+    """Runs the model. `num_parameters`: of the whole model."""
+
+    @property
+    def num_parameters(self) -> int: ...
+
+    def run(
+        self,
+        batches: Sequence[Any],
+        loss_of: LossOf,
+        *,
+        prepare: Prepare | None = None,
+        forwards_done: Callable[[], None] | None = None,
+    ) -> None:
+        """Run forward and backward of all microbatches; see `Pipeline.run`."""
+
+    def evaluate(self, batches: Sequence[Any], loss_of: LossOf) -> None:
+        """Run forward only; losses are seen by `loss_of`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the whole model returns for these arguments, on all ranks."""
+
+
+class Gradients(Protocol):
+    """The gradient of a step, summed over the data-parallel axis."""
+
+    def finish(self) -> None:
+        """Return when the gradient is final."""
+
+    def grad_norm(self, kernels: Kernels = "auto") -> torch.Tensor:
+        """Return the 2-norm of the gradient of all parameters, the same on all ranks."""
+
+    def publish(self, bucket: Bucket | None = None) -> None:
+        """Bring updated (or loaded) parameters to every rank: those of one bucket, or all that are
+        left, and the first rank's buffers."""
+
+    def settle(self) -> None:
+        """Return when nothing is on the wire any more."""
+
+    def abandon(self) -> None:
+        """Forget the gradient of a step that must not count, and what it did to buffers."""
+
+    def nonfinite_parameters(self, *, gradients: bool) -> list[str]:
+        """Return the names of parameters with a NaN or infinity, of what this rank holds."""
+
+
+class Updater(Protocol):
+    """The optimizer. `lr` is the peak of the learning rate."""
+
+    lr: float
+    num_updates: int
+
+    def step(
+        self,
+        lr: float | None = None,
+        grad_divisor: torch.Tensor | None = None,
+        done: Callable[[Bucket], None] | None = None,
+    ) -> None:
+        """Do one update with rate `lr`; gradients are first divided by `grad_divisor`.
+
+        done(bucket) may be called for what is updated already.
+        """
+
+
+class Holder(Protocol):
+    """What a checkpoint holds."""
+
+    def blocks(self) -> Iterator[NamedBlock]:
+        """Yield the state of model and optimizer as blocks of this rank's own memory."""
+
+    def take_up(self, load: Callable[[Iterable[NamedBlock]], None]) -> None:
+        """Let `load` fill blocks, and make them the state. `Gradients.publish` must follow."""
