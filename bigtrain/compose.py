@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
 from bigtrain.comm.block import Shard, shards_of
-from bigtrain.comm.buckets import Sharing, Wanted, build_buckets, check_trainable
+from bigtrain.comm.buckets import Wanted, build_buckets, check_trainable
 from bigtrain.comm.collectives import all_gather_object, together
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Axis, Mesh
 from bigtrain.comm.p2p import Links
-from bigtrain.comm.sync import GradientSync, Replicated
 from bigtrain.config.schema import ZeroSection
 from bigtrain.errors import BigtrainError
 from bigtrain.ops.dropout import number_dropout
@@ -37,10 +36,8 @@ from bigtrain.pipeline.validate import validate
 from bigtrain.tensor import Plan, apply_tensor_parallel
 from bigtrain.tensor.apply import broadcast_replicated
 from bigtrain.tensor.plan import match_plan
-from bigtrain.zero.keeper import Keeper
-from bigtrain.zero.sharded import Sharded
+from bigtrain.zero.share import Sharings
 from bigtrain.zero.state import state_memory
-from bigtrain.zero.wire import make_wire
 
 FROZEN = "frozen"
 
@@ -182,7 +179,7 @@ def _path(
     kind_of: KindOf,
 ) -> GradientPath:
     """Put what this rank trains into buckets, equal on all ranks that hold it."""
-    sharings = _Sharings(mesh, zero, {cut.holders[n] for t, n in cut.names.items() if _is_param(t)})
+    sharings = Sharings(mesh, zero, {cut.holders[n] for t, n in cut.names.items() if _is_param(t)})
     own = {*model.parameters(), *model.buffers()}
     names = {tensor: name for tensor, name in cut.names.items() if tensor in own}
     # What stages share comes last in backward, so it is first here: buckets go the other way.
@@ -217,57 +214,6 @@ def _path(
         axis_of=lambda name: sharings.axis_of(cut.holders[name]),
         device=mesh.device,
     )
-
-
-class _Sharings:
-    """How parameters are shared, by the pipeline ranks that hold them. Every rank makes this."""
-
-    def __init__(self, mesh: Mesh, zero: ZeroSection, holders: Set[tuple[int, ...]]) -> None:
-        self.mesh, self.zero = mesh, zero
-        tied = sorted(ranks for ranks in holders if len(ranks) > 1)
-        self._axes = {ranks: mesh.across_stages(ranks) for ranks in tied}
-        if zero.stage:
-            self.inner = mesh.share(zero.shard_degree)
-            self.outer = mesh.beside(self.inner)
-            self._outers = {ranks: mesh.beside(self.inner, ranks) for ranks in tied}
-        self._known: dict[tuple[Axis, bool], Sharing] = {}
-
-    def axis_of(self, holders: tuple[int, ...]) -> Axis:
-        """Return the data-parallel ranks of those stages."""
-        return self._axes.get(holders, self.mesh.dp)
-
-    def of(self, holders: tuple[int, ...], param: nn.Parameter) -> Sharing:
-        """Return how one parameter is shared; the same object for all that are shared alike."""
-        axis, zero = self.axis_of(holders), self.zero
-        small = param.numel() < zero.persistent_numel
-        if (axis, small) not in self._known:
-            self._known[axis, small] = Sharing.none(axis)
-            if zero.stage:
-                shared = self.inner.degree > 1
-                self._known[axis, small] = Sharing(
-                    axis,
-                    self.inner,
-                    self._outers.get(holders, self.outer),
-                    # Stages would wait for each other in every microbatch.
-                    sharded_grads=shared and zero.stage >= 2 and axis is self.mesh.dp,
-                    sharded_params=shared and zero.stage == 3 and not small,
-                )
-        return self._known[axis, small]
-
-    def sync(self) -> GradientSync:
-        """Return the strategy. Every rank calls this."""
-        mesh, zero = self.mesh, self.zero
-        if not zero.stage:
-            return Replicated(mesh.dp)
-        keeper = Keeper(
-            mesh.share(zero.shard_degree, own_group=True),
-            mesh.device,
-            reshard_after_forward=zero.reshard_after_forward,
-            prefetch=zero.prefetch,
-            agreed=zero.order == "agreed",
-        )
-        wire = make_wire(zero.reduce_dtype)
-        return Sharded(mesh.dp, self.inner, self.outer, wire, keeper, zero.in_flight)
 
 
 def _is_param(tensor: torch.Tensor) -> TypeGuard[nn.Parameter]:

@@ -28,11 +28,11 @@ from bigtrain.comm.block import NamedBlock
 from bigtrain.comm.mesh import Mesh
 from bigtrain.compose import parallelize
 from bigtrain.config.layout import Layout
+from bigtrain.engines.native import NativeState
 from bigtrain.models import GPT
 from bigtrain.observe.replicas import find_divergence
 from bigtrain.optim import AdamW
 from bigtrain.tensor import Plan
-from bigtrain.trainer import Trainer
 
 pytestmark = pytest.mark.parity
 BATCHES = global_batches(2, TENSOR_LENGTH)
@@ -102,8 +102,8 @@ def build(mesh: Mesh, name: str, seed: int) -> SimpleNamespace:
 
 
 def held(run: SimpleNamespace) -> Saved:
-    """Everything that a checkpoint holds, as the trainer lists it."""
-    return list(Trainer._blocks(run))
+    """Everything that a checkpoint holds."""
+    return list(NativeState(run.model, run.path, run.optimizer, run.mesh.dp).blocks())
 
 
 def copies(blocks: Saved) -> Saved:
