@@ -165,11 +165,18 @@ def start_reduce_scatter(
 def add_up(rows: Sequence[torch.Tensor], out: torch.Tensor, first: bool = True) -> torch.Tensor:
     """Return the sum of `rows`, in their order, in `out` and in its dtype.
 
-    One of the rows may be `out` itself. What was in `out` counts unless this is the first sum.
+    One of the rows may be `out` itself; then what is before it is overwritten. What was in `out`
+    counts unless this is the first sum.
     """
-    others = [row for row in rows if row.data_ptr() != out.data_ptr()]
-    if not first or len(others) < len(rows):
-        for row in others:
+    own = [index for index, row in enumerate(rows) if row.data_ptr() == out.data_ptr()]
+    if own:
+        before = rows[: own[0]]
+        for row in before[1:]:
+            before[0].add_(row)
+        for row in (*before[:1], *rows[own[0] + 1 :]):
+            out.add_(row)
+    elif not first:
+        for row in rows:
             out.add_(row)
     elif len(rows) > 1 and rows[0].dtype == rows[1].dtype == out.dtype:
         torch.add(rows[0], rows[1], out=out)

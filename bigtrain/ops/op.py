@@ -20,7 +20,8 @@ from bigtrain.ops.library import DTYPES, Library, library_of
 Kernels = Literal["auto", "on", "off"]
 
 _NAMESPACE = torch.library.Library("bigtrain", "FRAGMENT")
-_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+ORDINARY: set[type] = {torch.Tensor, torch.nn.Parameter}
+"""Types of tensors whose memory a kernel may read and write. Others can add theirs."""
 
 
 class Left(NamedTuple):
@@ -54,7 +55,7 @@ def library_for(*tensors: torch.Tensor | None) -> Library | None:
     """
     given = [tensor for tensor in tensors if tensor is not None]
     for tensor in given:
-        if type(tensor) not in _ORDINARY or tensor.dtype not in DTYPES or tensor.is_neg():
+        if type(tensor) not in ORDINARY or tensor.dtype not in DTYPES or tensor.is_neg():
             return None
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return None

@@ -25,6 +25,7 @@ from bigtrain.errors import BigtrainError
 from bigtrain.zero.order import Journey, Orders
 from bigtrain.zero.parameter import KeptParameter, keep, release
 
+_SEEN = (torch.Tensor, bool, int, float, str, type(None))  # leaves with no tensor hidden inside
 WINDOW = 2  # buckets used last that stay: what lies on the border of two is used with both
 
 
@@ -150,10 +151,16 @@ class Keeper:
     ) -> None:
         self.leave(homes)
         call = self._stack.pop()
-        if call is not None:
-            for tensor in pytree.tree_leaves(output):
-                if _has_gradient(tensor):
-                    tensor.register_hook(call.begin)
+        if call is None:
+            return
+        leaves = pytree.tree_leaves(output)
+        for tensor in leaves:
+            if _has_gradient(tensor):
+                tensor.register_hook(call.begin)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if not tensors or any(not isinstance(leaf, _SEEN) for leaf in leaves):
+            for home in homes:  # what leaves in an object of its own cannot announce backward
+                home.direct = home.direct or home.sharded
 
     def _used_directly(self, home: Home, name: str) -> None:
         """Bring a bucket that is used by other code than the modules that hold its parameters."""
@@ -264,7 +271,7 @@ class Keeper:
             return
         for other in self._recent[:-WINDOW]:
             free = not (other.users or other.pinned or other.pending)
-            if other.here and free and other.bucket.index not in self._journey.stays:
+            if other.here and free and not self._journey.keeps(other.bucket.index):
                 self._reshard(other)
                 self._recent.remove(other)
 

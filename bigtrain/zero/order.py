@@ -82,6 +82,7 @@ class Journey:
         self._next = 0
         self._log: list[int] = []
         self._ahead: set[int] = set()  # gathered, and not needed yet
+        self._kept: set[int] = set()  # were here when the plan had them gathered again
         self.stays: frozenset[int] = frozenset()
         if self._plan is not None and key[0] != "evaluation":
             last = dict.fromkeys(reversed([*key[2], *self._plan]))
@@ -110,7 +111,14 @@ class Journey:
         self._ahead.discard(bucket)
         self._gatherer.arrive(bucket)
         while len(self._ahead) < self.orders.prefetch and self._next < len(self._plan):
+            following = self._plan[self._next]
+            if self._gatherer.is_here(following) and following not in self.stays:
+                break  # it is given up before that gather's use
             self._advance(self._plan)
+
+    def keeps(self, bucket: int) -> bool:
+        """Must it not be given up on the way, since the plan will not gather it again?"""
+        return self.keeps_all or bucket in self.stays or bucket in self._kept
 
     def end(self) -> tuple[int, ...]:
         """Take part in what others still gather; return what is to stay for the next passage."""
@@ -143,6 +151,8 @@ class Journey:
         self._next += 1
         if self._gatherer.gather(bucket):
             self._ahead.add(bucket)
+        else:
+            self._kept.add(bucket)
 
     def _agree(self, wanted: int) -> bool:
         """Gather one of the buckets that ranks want now; False if none wants any more."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bigtrain.ops.op import ORDINARY
+
 _PROPERTIES = (
     "shape dtype device ndim layout requires_grad grad is_leaf grad_fn names itemsize nbytes "
     "is_cuda is_cpu is_sparse is_meta is_quantized is_mkldnn retains_grad output_nr _version "
@@ -63,6 +65,9 @@ class KeptParameter(nn.Parameter):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"KeptParameter(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+ORDINARY.add(KeptParameter)  # a kernel asks for its memory, by data_ptr(), which is a use
 
 
 def keep(param: nn.Parameter, on_use: Callable[[], None]) -> None:

@@ -494,6 +494,7 @@ def foreign_groups(mesh: Mesh) -> list[str]:
             found.append(f"{Axis.of(each).rank} of {Axis.of(each).degree}")
         except BigtrainError as error:
             found.append(error.problem.what)
+    dist.barrier()  # nobody leaves while others still connect to it
     return found
 
 
