@@ -787,7 +787,8 @@ def shared_input(tp: Axis, sequence: bool) -> None:
         torch.autograd.backward(outputs, [own_part(up, -1, tp.degree, tp.rank) for up in upstream])
         backward = [name for name, _, _ in calls[len(forward) :]]
     if tp.degree > 1 and sequence:
-        assert [len(forward), len(backward)] == [1, 2]
+        # A gather, or a sum in parts, is a message to every other rank.
+        assert [len(forward), len(backward)] == [tp.degree - 1, 2 * (tp.degree - 1)]
     elif tp.degree > 1:
         assert [forward, backward] == [[], ["all_reduce"]]
     same(own.grad, sequence_part(whole.grad, tp) if sequence else whole.grad, "dX")

@@ -2,7 +2,7 @@
 
 Every rank records the collectives that it starts, and the standard formulas turn them into bytes
 that it sends: of n ranks, all-reduce of b bytes 2(n-1)/n b, all-gather (n-1) times the own bytes,
-all-to-all (n-1)/n b.
+all-to-all (n-1)/n b, a message b.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def sent(calls: list[tuple[str, int, int]]) -> float:
         "all_gather_single": lambda n: n - 1,
         "all_gather_into_tensor": lambda n: n - 1,
         "all_to_all_single": lambda n: (n - 1) / n,
+        "isend": lambda n: 1,
     }
     return sum(factors[name](n) * size for name, size, n in calls)
 
