@@ -154,9 +154,10 @@ class Keeper:
         if call is None:
             return
         leaves = pytree.tree_leaves(output)
-        for tensor in leaves:
-            if _has_gradient(tensor):
-                tensor.register_hook(call.begin)
+        for tensor in filter(_has_gradient, leaves):
+            tensor.register_hook(call.begin)
+            if tensor._base is not None and _has_gradient(tensor._base):
+                tensor._base.register_hook(call.begin)  # a view that is changed loses its hooks
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not tensors or any(not isinstance(leaf, _SEEN) for leaf in leaves):
             for home in homes:  # what leaves in an object of its own cannot announce backward

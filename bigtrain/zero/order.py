@@ -40,12 +40,17 @@ class Gatherer(Protocol):
 
 
 class Orders:
-    """The orders that are known: one for each kind of passage, stage, and what was here before."""
+    """The orders that are known: one for each kind of passage, stage, and what was here before.
+
+    alike: whenever ranks agreed, all wanted the same. Where they do not, none may wait for another
+    but in a gather: the other may wait for this one to gather.
+    """
 
     def __init__(self, axis: Axis, device: torch.device, prefetch: int, agreed: bool) -> None:
         self.axis, self.device, self.prefetch, self.agreed = axis, device, prefetch, agreed
         self.known: dict[Key, list[int]] = {}
         self.carry: tuple[int, ...] = ()  # what the passage before has left, on all ranks alike
+        self.alike = True
 
     def begin(
         self,
@@ -158,7 +163,9 @@ class Journey:
         """Gather one of the buckets that ranks want now; False if none wants any more."""
         mine = torch.tensor([wanted], dtype=torch.int64, device=self.orders.device)
         everyone = start_all_gather(mine, self.orders.axis, "agreement on what to gather").wait()
-        asked = [bucket for bucket in everyone.flatten().tolist() if bucket != NOTHING]
+        wishes = everyone.flatten().tolist()
+        self.orders.alike = self.orders.alike and len(set(wishes)) == 1
+        asked = [bucket for bucket in wishes if bucket != NOTHING]
         if asked:
             self._gatherer.gather(min(asked))
             self._gatherer.arrive(min(asked))

@@ -27,7 +27,8 @@ class Sharded:
 
     reduce: each rank sends every other the block that it owns; blocks are summed in fp32. (n-1)/n
     of the bucket's bytes per rank, in every microbatch where gradients are sharded (stages 2, 3).
-    At most `in_flight` buckets are on their way at once. With an outer axis (hybrid sharding,
+    At most `in_flight` buckets are on their way at once, where ranks go through the model in one
+    order. With an outer axis (hybrid sharding,
     parameters that stages share) owners of the same block then all-reduce it.
     publish: an all-gather, (n-1)/n of the parameters' bytes per rank; where parameters are sharded
     (stage 3), nothing, and an all-gather before each use.
@@ -48,7 +49,7 @@ class Sharded:
         self.keeper.attach(model, buckets)
 
     def reduce(self, bucket: Bucket) -> None:
-        while len(self._leaving) >= self.in_flight:
+        while len(self._leaving) >= self.in_flight and self.keeper.orders.alike:
             self._arrive()
         inner = bucket.sharing.inner
         rows = bucket.open_grads().view(inner.degree, -1)
