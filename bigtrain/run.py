@@ -130,6 +130,8 @@ def _announce(trainer: Trainer, source: Path | None, resume: bool) -> None:
     )
     if trainer.mesh.pp.degree > 1:
         log.info("pipeline  |  %s", describe_schedule(trainer.config, trainer.mesh.layout))
+    if trainer.memory is not None:
+        log.info("memory    |  %s on this rank, and activations", trainer.memory)
     if source is not None:
         log.info("resumed from %s, after step %d", source, trainer.step)
     elif resume:

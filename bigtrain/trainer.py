@@ -38,7 +38,7 @@ from bigtrain.data.permutation import derive_seed
 from bigtrain.data.stream import TrainStream, rank_positions, seed_everything, validation_batches
 from bigtrain.engines.deepspeed_engine import DeepSpeedEngine
 from bigtrain.engines.deepspeed_setup import load_deepspeed
-from bigtrain.engines.native import NativeState
+from bigtrain.engines.native import NativeState, predict_memory
 from bigtrain.engines.seam import Gradients, Holder, Runner, Updater
 from bigtrain.errors import BigtrainError, CheckpointError, NonFiniteError
 from bigtrain.lifetime import STOP_SIGNALS
@@ -49,6 +49,7 @@ from bigtrain.ops.dropout import Dropout, seed_dropout
 from bigtrain.optim import build_optimizer, kinds_for, learning_rate
 from bigtrain.optim.loss_scale import build_loss_scale
 from bigtrain.pipeline.run import Pipeline
+from bigtrain.zero.memory import Memory
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class Trainer:
         self.path: Gradients
         self.optimizer: Updater
         self.state: Holder
+        self.memory: Memory | None = None  # what is known ahead of this rank's
         if config.engine.kind == "deepspeed":
             engine = self._deepspeed()
             self.pipeline = self.path = self.optimizer = self.state = engine
@@ -103,6 +105,7 @@ class Trainer:
             optimizer = build_optimizer(path, config.optimizer, config.run.kernels)
             self.pipeline, self.path, self.optimizer = pipeline, path, optimizer
             self.state = NativeState(self.model, path, optimizer, mesh.dp)
+            self.memory = predict_memory(pipeline, optimizer, config.zero, self.num_microbatches)
         self._draws_per_sample = any(isinstance(m, Dropout) for m in self.model.modules())
         self._stream: TrainStream | None = None
 

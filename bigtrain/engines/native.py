@@ -11,8 +11,11 @@ from torch import nn
 from bigtrain.comm.block import Block, NamedBlock
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Axis
+from bigtrain.config.schema import ZeroSection
 from bigtrain.errors import CheckpointError
 from bigtrain.optim.optimizer import Optimizer
+from bigtrain.pipeline.run import Pipeline
+from bigtrain.zero.memory import Memory, predict
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,19 @@ class NativeState:
     def take_up(self, load: Callable[[Iterable[NamedBlock]], None]) -> None:
         """Let `load` fill this rank's memory."""
         load(self.blocks())
+
+
+def predict_memory(
+    pipeline: Pipeline, optimizer: Optimizer, zero: ZeroSection, num_microbatches: int
+) -> Memory:
+    """Return what the training state will take on this rank."""
+    return predict(
+        pipeline.path,
+        zero,
+        optimizer.num_bytes,
+        num_microbatches=num_microbatches,
+        row=pipeline.table_for(num_microbatches).rows[pipeline.axis.rank],
+    )
 
 
 def saved_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

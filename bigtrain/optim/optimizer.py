@@ -76,6 +76,12 @@ class Optimizer(ABC):
     ) -> None:
         """Update this segment, the one with that index, and its `low_params` if it has any."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all moments on this rank."""
+        flats = [flat for flats in self.moments.values() for flat in flats if flat is not None]
+        return sum(flat.nbytes for flat in flats)
+
     def _keeps(self, name: str, kind: str) -> bool:
         """Return whether segments of this kind have the moment `name`."""
         return True
