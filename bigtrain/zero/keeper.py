@@ -177,7 +177,7 @@ class Keeper:
                     "ranks enter together",
                 )
             home.direct = home.pinned = True
-        self.need(home)
+        self.need([home])
 
     # -- what is needed ------------------------------------------------------------------------
 
@@ -185,23 +185,23 @@ class Keeper:
         """Have these buckets whole, from now on until `leave`."""
         for home in homes:
             home.users += 1
-            if home.sharded or home.pending is not None:
-                self.need(home)
+        self.need(homes)
 
     def leave(self, homes: Sequence[Home]) -> None:
         """Need these buckets no longer, for what `enter` was called."""
         for home in homes:
             home.users -= 1
 
-    def need(self, home: Home) -> None:
-        """Return when the bucket is whole on this rank."""
-        if home.sharded:
-            if self._recent and self._recent[-1] is home and home.here:
-                return
+    def need(self, homes: Sequence[Home]) -> None:
+        """Return when these buckets are whole on this rank."""
+        sharded = [home for home in homes if home.sharded]
+        for home in sharded:  # before any is gathered, so that room is made by what is out of use
             self._note(home)
+        for home in sharded:
             if self._journey is not None:
                 self._journey.go_to(home.bucket.index)
-        self._arrive(home)
+        for home in homes:
+            self._arrive(home)
 
     def expect(self, bucket: Bucket, pending: Pending[torch.Tensor]) -> None:
         """Wait for an all-gather of `bucket`, which has begun, when its parameters are used."""
@@ -299,10 +299,10 @@ class Keeper:
             kind, stage, [home.bucket.index for home in mine], self, keeps_all=keeps_all
         )
         if kind in ("backward", "inputs"):
-            for home in mine:
-                if home.direct:
-                    home.pinned = True
-                    self.need(home)
+            direct = [home for home in mine if home.direct]
+            for home in direct:
+                home.pinned = True
+            self.need(direct)
 
     def _close(self) -> None:
         assert self._journey is not None
