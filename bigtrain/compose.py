@@ -19,7 +19,7 @@ from bigtrain.comm.p2p import Links
 from bigtrain.config.schema import ZeroSection
 from bigtrain.errors import BigtrainError
 from bigtrain.ops.dropout import number_dropout
-from bigtrain.optim import WHOLE_KINDS, KindOf, decay_kind
+from bigtrain.optim import WHOLE_KINDS, KindOf, decay_kind, known_kind
 from bigtrain.pipeline.run import Pipeline
 from bigtrain.pipeline.schedule import make_table, placement_of
 from bigtrain.pipeline.split import (
@@ -191,7 +191,7 @@ def _path(
         Wanted(
             name,
             p,
-            kind_of(name, p) if p.requires_grad else FROZEN,
+            known_kind(name, p, kind_of) if p.requires_grad else FROZEN,
             cut.shards[name],
             sharings.of(cut.holders[name], p),
             cut.stages_of(p),

@@ -3,7 +3,14 @@
 from bigtrain.optim.adagrad import Adagrad
 from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.build import build_optimizer
-from bigtrain.optim.kinds import WHOLE_KINDS, KindOf, decay_kind, kinds_for, matrix_kinds
+from bigtrain.optim.kinds import (
+    WHOLE_KINDS,
+    KindOf,
+    decay_kind,
+    kinds_for,
+    known_kind,
+    matrix_kinds,
+)
 from bigtrain.optim.lamb import LAMB
 from bigtrain.optim.lion import Lion
 from bigtrain.optim.muon import Muon
@@ -24,6 +31,7 @@ __all__ = [
     "build_optimizer",
     "decay_kind",
     "kinds_for",
+    "known_kind",
     "learning_rate",
     "matrix_kinds",
 ]

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from bigtrain.config.schema import MuonOptimizer, Section
+from bigtrain.errors import BigtrainError
 
 DECAY, NO_DECAY, MATRIX = "decay", "no_decay", "matrix"
 
@@ -16,6 +17,22 @@ WHOLE_KINDS = frozenset({MATRIX})
 
 KindOf = Callable[[str, nn.Parameter], str]
 """What kind a parameter is, by its name in the full model and itself."""
+
+
+def known_kind(name: str, param: nn.Parameter, kind_of: KindOf) -> str:
+    """Return the kind of a parameter.
+
+    Raises:
+        BigtrainError: it is none that optimizers know.
+    """
+    kind = kind_of(name, param)
+    if kind not in (DECAY, NO_DECAY, MATRIX):
+        raise BigtrainError(
+            f"{name} is of kind {kind!r}, which no optimizer knows",
+            why=f"kinds are {DECAY!r}, {NO_DECAY!r} and {MATRIX!r} (whole matrices, for Muon)",
+            mend="let kind_of return one of these",
+        )
+    return kind
 
 
 def decay_kind(name: str, param: nn.Parameter) -> str:

@@ -47,9 +47,12 @@ def fp16_config(tmp_path: Path, model: str = "gpt", **sections: Any) -> Config:
     return make_config(tmp_path, model=MODELS[model], **sections)
 
 
-def steep_config(tmp_path: Path, bad: int | None, steepness: float, **train: Any) -> Config:
+def steep_config(
+    tmp_path: Path, bad: int | None, steepness: float, stage: int = 0, **train: Any
+) -> Config:
     return make_config(
         tmp_path,
+        zero={"stage": stage},
         model={
             "factory": "parity_factories:steep_on_sample",
             "args": {"bad": bad, "steepness": steepness},
@@ -67,10 +70,9 @@ def follow(mesh: Mesh, config: Config, first_scale: float | None = None) -> dict
     records, changed, error = [], [], ""
     try:
         while trainer.step < config.train.steps:
-            before = [p.detach().clone() for p in trainer.model.parameters()]
-            before += [block.tensor.clone() for block in trainer._blocks()]
+            before = held(trainer)
             records.append(trainer.train_step())
-            after = [*trainer.model.parameters(), *(b.tensor for b in trainer._blocks())]
+            after = held(trainer)
             changed.append(not all(map(torch.equal, before, after)))
     except NonFiniteError as failure:
         error = str(failure)
@@ -84,6 +86,13 @@ def follow(mesh: Mesh, config: Config, first_scale: float | None = None) -> dict
         "error": error,
         "last": trainer.loss_scale.scale,
     }
+
+
+def held(trainer: Trainer) -> list[torch.Tensor]:
+    """Return what this rank holds: what the model computes with, and state."""
+    found = [block.tensor.clone() for block in trainer._blocks()]
+    with trainer.path.unsharded():
+        return [*found, *(p.detach().clone() for p in trainer.model.parameters())]
 
 
 def near(a: list[float], b: list[float], tolerance: float) -> None:
@@ -181,9 +190,10 @@ def test_a_scale_that_is_too_large_comes_down(name: str, tmp_path: Path) -> None
         assert torch.tensor(rank["losses"]).isfinite().all()
 
 
-def test_an_overflow_on_one_rank_is_one_of_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_overflow_on_one_rank_is_one_of_all(stage: int, tmp_path: Path) -> None:
     """One sample of the run is too steep: the rank that has it does not skip alone."""
-    ranks = run_ranks(follow, 2, tmp_path, args=(steep_config(tmp_path, 24, 1000.0),))
+    ranks = run_ranks(follow, 2, tmp_path, args=(steep_config(tmp_path, 24, 1000.0, stage),))
     (step,) = [i for i, skipped in enumerate(ranks[0]["skipped"]) if skipped]
     for rank in ranks:
         assert rank["skipped"] == [i == step for i in range(12)]
