@@ -8,7 +8,7 @@ who did not need something takes part nevertheless.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Protocol
 
 import torch
@@ -92,6 +92,7 @@ class Journey:
         if self._plan is not None and key[0] != "evaluation":
             last = dict.fromkeys(reversed([*key[2], *self._plan]))
             self.stays = frozenset(list(last)[:CARRIED])
+            self._plan = _without_repeats(self._plan, self.stays, key[2])
 
     def go_to(self, bucket: int) -> None:
         """Return when the gather of `bucket` has begun, if it was not here; look ahead.
@@ -117,7 +118,7 @@ class Journey:
         self._gatherer.arrive(bucket)
         while len(self._ahead) < self.orders.prefetch and self._next < len(self._plan):
             following = self._plan[self._next]
-            if self._gatherer.is_here(following) and following not in self.stays:
+            if self._gatherer.is_here(following):
                 break  # it is given up before that gather's use
             self._advance(self._plan)
 
@@ -171,3 +172,14 @@ class Journey:
             self._gatherer.arrive(min(asked))
             self._log.append(min(asked))
         return bool(asked)
+
+
+def _without_repeats(plan: Sequence[int], stays: Set[int], carried: Sequence[int]) -> list[int]:
+    """Return `plan` less the gathers of what is here already: buckets that stay, on all ranks."""
+    here = stays & set(carried)
+    left = []
+    for bucket in plan:
+        if bucket not in here:
+            left.append(bucket)
+            here |= stays & {bucket}
+    return left
