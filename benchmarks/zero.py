@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from zero_peers import DEEPSPEED, KINDS, SEED, SEQ_LEN, Engine, build
+from zero_peers import DEEPSPEED, KINDS, SEED, SEQ_LEN, Engine, build, make_model
 
 STEPS, WARMUP = 3, 2  # steps of a turn, rounds
 SPEED = [k for k in KINDS if k not in DEEPSPEED and k not in ("fsdp2-3-bf16", "ours-3-bf16")]
@@ -285,7 +285,7 @@ def show_wire(options: argparse.Namespace, folder: Path) -> None:
         sys.exit("no `unshare` here: bytes of other processes would be counted too")
     print("| ranks | kind | MB a step | as a multiple of P | closed form |")
     print("|---|---|---|---|---|")
-    whole = 4 * 14_410_752 / 1e6
+    whole = 4 * sum(param.numel() for param in make_model("14M").parameters()) / 1e6
     for ranks in options.ranks:
         for kind in options.kinds:
             record = run_ranks(ranks, [kind], folder, options)[0][kind]
