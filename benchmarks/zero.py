@@ -11,8 +11,8 @@ speed   tokens/s against DDP. All kinds live in the same ranks and take turns of
         drift of the machine is the same for all: a ratio is the median of the ratios to DDP in the
         same round. DeepSpeed's kinds have processes of their own, with a DDP of their own.
 memory  MB per rank of 101M parameters, each kind in fresh processes: what was predicted for a step,
-        what a finished step has left (RSS, less what there was before the model), the most that a
-        step has had beyond the same, and the most of the process in all (VmHWM).
+        what a finished step has left (RSS, less what there was after steps of a tiny model), the
+        most that a step has had beyond the same, and the most of the process in all (VmHWM).
 wire    bytes a step over all ranks, on the loopback of a network namespace of its own (needs
         `unshare`), as multiples of the bytes of the fp32 parameters, and the closed form for ours.
 """
@@ -88,7 +88,10 @@ def take_turns(options: argparse.Namespace) -> dict[str, Any]:
 def weigh(options: argparse.Namespace) -> dict[str, Any]:
     """Return MB of one kind, which is alone in this process."""
     (kind,) = options.kinds
-    dist.all_reduce(torch.zeros(1))  # the backend makes what it needs
+    tiny = build(kind, "tiny", options.batch)  # so that all code is loaded that a step needs
+    for _ in range(2):
+        tiny.step(*Samples(options.folder, options.batch).next())
+        tiny.settle()
     before = status("VmRSS")
     engine = build(kind, "101M", options.batch)
     built = status("VmHWM")

@@ -17,6 +17,7 @@ from torch import nn
 SEED, LR, CLIP, BETAS = 1234, 1e-4, 1.0, (0.9, 0.95)
 SEQ_LEN = 128
 SIZES = {
+    "tiny": {"num_layers": 1, "hidden_size": 64, "num_heads": 1},
     "14M": {"num_layers": 8, "hidden_size": 384, "num_heads": 6},
     "101M": {"num_layers": 8, "hidden_size": 1024, "num_heads": 8},
 }
