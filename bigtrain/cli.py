@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -14,6 +14,7 @@ from bigtrain.errors import BigtrainError, Stopped
 
 if TYPE_CHECKING:
     from bigtrain.config.schema import Config
+    from bigtrain.launch.plan import Plan
 
 app = typer.Typer(
     name="bigtrain",
@@ -41,36 +42,61 @@ def launch(
     restart: Annotated[
         bool, typer.Option(help="Move an old run in the same folder aside, and start over.")
     ] = False,
+    hosts: Annotated[str, typer.Option(help="Machines to start ranks on by ssh, like a,b.")] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell what would be started where; start nothing.")
+    ] = False,
 ) -> None:
-    """Train: start the ranks on this machine and watch over them."""
-    from bigtrain.launch.job import Job
-    from bigtrain.launch.local import run_local, stderr_line
-    from bigtrain.machine import threads_per_rank
+    """Train: start the ranks, here or on several nodes, and watch over them.
+
+    In a Slurm job on its nodes, else on --hosts, else on this machine. Started by srun, mpiexec or
+    torchrun itself, it is a rank.
+    """
+    from bigtrain.comm.started import starter_of
+    from bigtrain.launch.lead import dry_lines, lead
     from bigtrain.run_folder import open_run
 
     if resume and restart:
         raise BigtrainError("--resume and --restart exclude each other", mend="give one of them")
+    if starter_of() is not None:
+        _be_a_rank(config, overrides, resume, restart)
     try:
-        read, num_ranks = _read(config, overrides)
+        read, plan = _read(config, overrides, hosts)
+        if dry_run:
+            for line in dry_lines(read, plan, resume):
+                typer.echo(line)
+            return
         folder, lock = open_run(read, resume=resume, restart=restart)
     except KeyboardInterrupt:
         raise Stopped(signal.SIGINT, "stopped before any rank was started") from None
-    threads = threads_per_rank(read, num_ranks)
-    job = Job(folder.next_config, folder.logs, num_ranks, threads, resume)
     try:
         with lock:
-            raise typer.Exit(run_local(job, read.launch.stop_seconds, stderr_line))
+            raise typer.Exit(lead(read, plan, folder, resume))
     finally:
         folder.next_config.unlink(missing_ok=True)  # left only by a run that did not begin
 
 
-def _read(path: str, overrides: list[str] | None) -> tuple[Config, int]:
-    """Return the config, checked against the number of ranks that it starts on this machine."""
-    from bigtrain.config.load import load_config
-    from bigtrain.launch.job import num_local_ranks
+def _be_a_rank(config: str, overrides: list[str] | None, resume: bool, restart: bool) -> NoReturn:
+    """Run the rank that srun, mpiexec or torchrun has started this process as."""
+    from bigtrain.train import exit_now, main
 
-    num_ranks = num_local_ranks(load_config(path, overrides or []))
-    return load_config(path, overrides or [], num_ranks), num_ranks
+    options = ["--resume"] * resume + ["--restart"] * restart
+    exit_now(main([config, *(overrides or []), *options]))
+
+
+def _read(path: str, overrides: list[str] | None, hosts: str = "") -> tuple[Config, Plan]:
+    """Return the config, checked against the ranks that would be started, and which those are."""
+    from bigtrain.config.load import load_config
+    from bigtrain.launch.plan import find_allocation, make_plan
+
+    allocation = find_allocation(os.environ)
+    names = [name for name in hosts.split(",") if name]
+
+    def plan(config: Config) -> Plan:
+        return make_plan(config, os.environ, allocation, names)
+
+    read = load_config(path, overrides or [], lambda config: plan(config).num_ranks)
+    return read, plan(read)
 
 
 @app.command()
@@ -78,12 +104,12 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Tell everything that is wrong with a config, or what it amounts to. Needs no torch."""
     from bigtrain.config.check import describe_schedule, layout_of, microbatches_of
 
-    read, num_ranks = _read(config, overrides)
-    layout = layout_of(read, num_ranks)
+    read, plan = _read(config, overrides)
+    layout = layout_of(read, plan.num_ranks)
     size, count = microbatches_of(read, layout)
     train = read.train
     typer.echo(f"{config}: good")
-    typer.echo(f"  ranks   {num_ranks} here = {layout}")
+    typer.echo(f"  ranks   {plan.num_ranks} = {layout}; {plan}")
     typer.echo(
         f"  step    {train.global_batch} samples = {layout.dp} replica(s) x "
         f"{count} microbatch(es) x {size}"

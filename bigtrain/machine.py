@@ -6,8 +6,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from bigtrain.config.schema import Config
-
 
 def num_cores() -> int:
     """Return the processors that this process may use."""
@@ -24,9 +22,8 @@ def num_gpus(env: Mapping[str, str], driver: Path = Path("/proc/driver/nvidia/gp
     return len(list(driver.iterdir())) if driver.is_dir() else 0
 
 
-def threads_per_rank(config: Config, local_world_size: int) -> int:
-    """Return the compute threads of a rank when this machine has `local_world_size` of them."""
-    threads = config.launch.threads_per_rank
+def threads_per_rank(threads: int | str, local_world_size: int) -> int:
+    """Return the compute threads of a rank; "auto" shares the cores among those of this machine."""
     return max(1, num_cores() // local_world_size) if threads == "auto" else int(threads)
 
 

@@ -71,7 +71,7 @@ def run(
 
 
 def _configure_torch(config: Config, world: World, device: torch.device) -> None:
-    torch.set_num_threads(threads_per_rank(config, world.local_world_size))
+    torch.set_num_threads(threads_per_rank(config.launch.threads_per_rank, world.local_world_size))
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -1,6 +1,6 @@
 """What each rank runs: `python -m bigtrain.train config.yaml [--resume] [section.key=value ...]`.
 
-`bigtrain launch` starts it, and so does `torchrun --nproc-per-node 2 -m bigtrain.train ...`.
+`bigtrain launch` starts it; torchrun, srun and mpiexec can, too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from bigtrain.comm.started import adopt
 from bigtrain.lifetime import StopRequest, die_with_launcher, report_failure, report_success
 
 
@@ -24,18 +26,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--restart", action="store_true", help="move an old run aside first")
     options = parser.parse_intermixed_args(arguments)
     die_with_launcher()
+    started = None
     try:
         stop = StopRequest()
+        started = adopt()
         from bigtrain.run import run  # imports torch; signals are handled already
 
         run(options.config, options.overrides, options.resume, options.restart, stop)
         report_success()
         return 0
     except BaseException as error:  # also SystemExit of the user's code: nobody leaves silently
-        return report_failure(error)
+        code = report_failure(error)
+        if started is not None and started.abort is not None:
+            started.abort(code)  # MPI would wait for this rank for ever
+        return code
 
 
-def _exit(code: int) -> None:
+def exit_now(code: int) -> NoReturn:
     """End the process at once: backends may wait at exit for ranks that are gone."""
     for last_word in (logging.shutdown, sys.stdout.flush, sys.stderr.flush):
         with contextlib.suppress(OSError, ValueError):
@@ -44,4 +51,4 @@ def _exit(code: int) -> None:
 
 
 if __name__ == "__main__":
-    _exit(main())
+    exit_now(main())

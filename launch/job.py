@@ -5,23 +5,41 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from bigtrain.config.check import fixed_world_size
-from bigtrain.config.schema import Config
-from bigtrain.machine import num_cores, num_gpus
+from bigtrain.machine import threads_per_rank
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where ranks meet: the address of rank 0's node, and a port that is listened on there."""
+
+    address: str
+    port: int
+    store_fd: int  # the listening socket, for rank 0; meaningless elsewhere
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run on this machine: its config file, where ranks log, how many there are."""
+    """A run: its config file, where ranks log, how many there are."""
 
     config_path: Path
     logs: Path
-    num_ranks: int
-    threads_per_rank: int
+    num_nodes: int
+    ranks_per_node: int
+    threads: int | str  # compute threads of a rank, or auto
     resume: bool
+    env: Mapping[str, str] = field(default_factory=dict)  # what the user wants ranks to have
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_nodes * self.ranks_per_node
+
+    def ranks_of(self, node: int) -> range:
+        """Return the ranks of a node, by its number: neighbours are together."""
+        return range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
 
     def log(self, rank: int) -> Path:
         """Return the file that keeps all output of `rank`."""
@@ -33,41 +51,38 @@ class Job:
         return [*command, "--resume"] if self.resume else command
 
     def environment(
-        self, rank: int, port: int, store_fd: int, report_fd: int, base: Mapping[str, str]
+        self, rank: int, meeting: Meeting, report_fd: int, base: Mapping[str, str]
     ) -> dict[str, str]:
         """Return the environment of `rank`: torchrun's names, and what only this launcher sets.
 
-        store_fd: the listening socket of the rendezvous. report_fd: where the rank tells how it
-        ended. base: the environment to start from; what the user has set for gloo stays.
+        report_fd: where the rank tells how it ended. base: the environment to start from.
         """
+        node, local_rank = divmod(rank, self.ranks_per_node)
         return {
-            "OMP_NUM_THREADS": str(self.threads_per_rank),
-            # Ranks of one machine talk over loopback, whatever the host name resolves to.
-            "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "lo0",
+            "OMP_NUM_THREADS": str(threads_per_rank(self.threads, self.ranks_per_node)),
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns of each address that has no name
             **base,
+            **self.env,
             "RANK": str(rank),
             "WORLD_SIZE": str(self.num_ranks),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(self.num_ranks),
-            "GROUP_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(self.ranks_per_node),
+            "GROUP_RANK": str(node),
+            "MASTER_ADDR": meeting.address,
+            "MASTER_PORT": str(meeting.port),
             "PYTHONUNBUFFERED": "1",
-            "BIGTRAIN_STORE_FD": str(store_fd),
+            "BIGTRAIN_STORE_FD": str(meeting.store_fd),
             "BIGTRAIN_REPORT_FD": str(report_fd),
             "BIGTRAIN_LAUNCHER_PID": str(os.getpid()),
         }
 
+    def to_message(self) -> dict[str, Any]:
+        """Return the job as what JSON can carry."""
+        paths = {"config_path": str(self.config_path), "logs": str(self.logs)}
+        return {**asdict(self), **paths, "env": dict(self.env)}
 
-def num_local_ranks(config: Config) -> int:
-    """Return how many ranks the config starts here: what it fixes, else one per GPU or core.
-
-    Of those, as many as make whole replicas of the model, and at least one replica.
-    """
-    fixed = fixed_world_size(config)
-    if fixed is not None:
-        return fixed
-    gpus = 0 if config.run.device == "cpu" else num_gpus(os.environ)
-    parallel = config.parallel
-    per_replica = parallel.pp * parallel.cp * parallel.tp
-    return max(1, (gpus or num_cores()) // per_replica) * per_replica
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> Job:
+        """Return the job that `to_message` has made a message of."""
+        paths = {name: Path(message[name]) for name in ("config_path", "logs")}
+        return cls(**{**message, **paths})

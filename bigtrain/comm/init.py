@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from bigtrain.comm.mesh import Mesh
+from bigtrain.comm.started import adopt, interface_towards
 from bigtrain.comm.world import World, read_world
 from bigtrain.config.layout import Layout
 from bigtrain.errors import CommError, LaunchError
@@ -46,8 +47,8 @@ def join(world: World, device: torch.device, timeout_seconds: float) -> None:
     """Form the default process group (gloo on CPU, NCCL on CUDA); alone, do nothing.
 
     The rendezvous is the one of torchrun (MASTER_ADDR, MASTER_PORT), except that rank 0 of
-    `bigtrain launch` is handed the listening socket itself (BIGTRAIN_STORE_FD), so that no other
-    program can take the port in between.
+    `bigtrain launch` and under mpiexec has the listening socket itself (BIGTRAIN_STORE_FD), so that
+    no other program can take the port in between.
 
     Raises:
         CommError: not all ranks came in time, or they cannot reach each other.
@@ -55,6 +56,9 @@ def join(world: World, device: torch.device, timeout_seconds: float) -> None:
     if world.world_size == 1:
         return
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    interface = interface_towards(os.environ.get("MASTER_ADDR", ""))
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
@@ -110,13 +114,14 @@ def init(
 ) -> Mesh:
     """Join the world that a launcher started (or stay alone) and return its mesh.
 
-    For loops of one's own: torchrun, what else sets RANK and WORLD_SIZE, and plain `python` work.
-    Without a layout, every rank is data parallel. Call `leave()` at the end.
+    For loops of one's own: torchrun, srun, mpiexec, what else sets RANK and WORLD_SIZE, and plain
+    `python` work. Without a layout, every rank is data parallel. Call `leave()` at the end.
 
     Raises:
         LaunchError: the environment makes no sense, or the layout is for another world size.
         CommError: not all ranks came in time.
     """
+    adopt()
     world = read_world()
     chosen = choose_device(device, world)
     if chosen.type == "cuda":

@@ -38,8 +38,10 @@ def check(config: Config, world_size: int | None = None) -> list[Problem]:
 def fixed_world_size(config: Config) -> int | None:
     """Return how many ranks the config itself asks for, or None where it leaves that open."""
     parallel = config.parallel
-    if config.launch.processes != "auto":
-        return int(config.launch.processes)
+    launch = config.launch
+    if launch.processes != "auto":
+        nodes = len(launch.hosts or ()) or (1 if launch.nodes == "auto" else int(launch.nodes))
+        return int(launch.processes) * nodes
     if parallel.dp != "auto":
         return math.prod((parallel.pp, int(parallel.dp), parallel.cp, parallel.tp))
     return None

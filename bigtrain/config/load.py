@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,21 @@ from pydantic_core import ErrorDetails
 from bigtrain.config.check import check
 from bigtrain.config.schema import VARIANTS, Config, Section
 from bigtrain.config.yaml_tree import Key, Tree, read_file, read_value, write_tree
-from bigtrain.errors import ConfigError, Problem
+from bigtrain.errors import BigtrainError, ConfigError, Problem
 
 _DEFAULT_KINDS = {section: next(iter(kinds)) for section, kinds in VARIANTS.items()}
 _DEFAULT_KINDS["engine"] = "native"
 
 
-def load_config(path: str, overrides: Sequence[str] = (), world_size: int | None = None) -> Config:
+def load_config(
+    path: str,
+    overrides: Sequence[str] = (),
+    world_size: int | Callable[[Config], int] | None = None,
+) -> Config:
     """Return the config in the YAML file at `path` with dotted `overrides` ("train.steps=20").
 
-    `world_size`, where the number of ranks is known, is checked against the degrees.
+    `world_size`, where the number of ranks is known or a function of the config, is checked against
+    the degrees.
 
     Raises:
         ConfigError: with every problem found, each with file:line:column, cause and mend.
@@ -127,7 +132,9 @@ def _chooses_kind(dotted: str) -> bool:
     return dotted.partition(".")[2] in ("kind", "factory")
 
 
-def _validate(tree: Tree, world_size: int | None) -> tuple[Config | None, list[Problem]]:
+def _validate(
+    tree: Tree, world_size: int | Callable[[Config], int] | None
+) -> tuple[Config | None, list[Problem]]:
     """Validate the tree; where keys are bad, check the rest as if they had their defaults."""
     try:
         config = Config.model_validate(tree.values)
@@ -144,7 +151,13 @@ def _validate(tree: Tree, world_size: int | None) -> tuple[Config | None, list[P
         except ValidationError:
             return None, problems  # a required key is missing: no sense in checking combinations
     bad_dotted = {".".join(map(str, key)) for key in bad}
-    for problem in check(config, world_size):
+    try:
+        world = world_size(config) if callable(world_size) else world_size
+    except BigtrainError:
+        if not problems and not check(config):
+            raise
+        world = None  # what is wrong with the config comes first
+    for problem in check(config, world):
         if bad_dotted.isdisjoint(problem.keys):
             problems.append(_located(problem, tree))
     return config, problems

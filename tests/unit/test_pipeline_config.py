@@ -285,7 +285,7 @@ def test_check_prints_what_the_pipeline_amounts_to(folder: Path) -> None:
     (folder / "config.yaml").write_text(GOOD)
     done = CliRunner().invoke(cli.app, ["check", "config.yaml", "parallel.dp=2"])
     assert done.exit_code == 0, done.output
-    assert "ranks   8 here = pp=4 x dp=2 x cp=1 x tp=1" in done.stdout
+    assert "ranks   8 = pp=4 x dp=2 x cp=1 x tp=1; this machine: 8 ranks here" in done.stdout
     assert "step    8 samples = 2 replica(s) x 4 microbatch(es) x 1" in done.stdout
     assert "1f1b: 4 stages on 4 ranks, 4 microbatches, bubble 43%" in done.stdout
     assert "at most 4 in flight" in done.stdout

@@ -18,7 +18,7 @@ SOURCES = {
 LEVELS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "errors config factory kernels lifetime machine run_folder",
+        "errors config factory kernels lifetime machine run_folder slurm_lists",
         "comm ops",
         "tensor pipeline zero onebit server optim",
         "models data checkpoint observe export plan",

@@ -1,0 +1,128 @@
+"""What the launcher starts on each node: it starts the node's ranks and tells how they end.
+
+    python -m bigtrain.launch.agent < call
+
+A call is one line of JSON: where the launcher listens, a secret, and whose turn on which node it
+is. The agent connects, says what it is, and does what it is told; without a launcher it ends, and
+its ranks with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+from bigtrain.errors import LaunchError
+
+from .job import Job, Meeting
+from .local import LocalTeam, listening
+from .wire import Line, Lost
+
+_POLL_SECONDS = 0.03
+
+
+def main() -> int:
+    """Serve one launcher to the end, and return the exit code."""
+    call = json.loads(sys.stdin.readline())
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    os.chdir(call["folder"])
+    try:
+        line = _connect(call)
+    except OSError as error:
+        sys.stderr.write(f"bigtrain agent on {socket.gethostname()}: {error}\n")
+        return 1
+    try:
+        return _serve(line, call, signals)
+    except Lost as lost:
+        sys.stderr.write(f"bigtrain agent on {socket.gethostname()}: the launcher: {lost}\n")
+        return 1
+    finally:
+        line.close()
+
+
+def _connect(call: dict[str, Any]) -> Line:
+    """Return the line to the launcher, by the first of its addresses that works."""
+    tried = []
+    for address in call["addresses"]:
+        try:
+            line = Line(socket.create_connection((address, call["port"]), timeout=10))
+        except OSError as error:
+            tried.append(f"{address}:{call['port']} {error.strerror or error}")
+            continue
+        try:
+            node = int(call.get("node", os.environ.get("SLURM_NODEID", 0)))
+            line.say(secret=call["secret"], node=node, host=socket.gethostname(), pid=os.getpid())
+        except Lost as lost:
+            tried.append(f"{address}:{call['port']} {lost}")
+            continue
+        return line
+    raise OSError(f"cannot reach the launcher: {'; '.join(tried)}")
+
+
+def _serve(line: Line, call: dict[str, Any], signals: list[int]) -> int:
+    """Start ranks when told to, pass on what comes from either side, until the launcher leaves."""
+    with listening("0.0.0.0") as here:
+        line.say(port=here.port)
+        order = _wait_for(line, "job", call["silence"])
+        job = Job.from_message(order["job"])
+        team = LocalTeam(job, order["node"], order["name"])
+        meeting = Meeting(order["address"], order["port"], here.store_fd)
+        try:
+            team.start(meeting)
+        except LaunchError as error:
+            line.say(refused=str(error))
+            team.close()
+            return 1
+    try:
+        _follow(line, team, call["silence"], signals)
+    finally:
+        team.close()
+    return 0
+
+
+def _wait_for(line: Line, key: str, silence: float) -> dict[str, Any]:
+    while True:
+        for message in line.hear():
+            if key in message:
+                return message
+        if line.silence > silence:
+            raise Lost(f"nothing was heard for {silence:.0f} s")
+        line.wait(_POLL_SECONDS * 10)
+
+
+def _follow(line: Line, team: LocalTeam, silence: float, signals: list[int]) -> None:
+    """Tell of ranks that end; do what the launcher says; return when it says that all is over."""
+    told: set[int] = set()
+    asked = by_signal = False
+    while True:
+        team.update()
+        for rank in team.ranks:
+            if rank.code is not None and rank.rank not in told:
+                told.add(rank.rank)
+                line.say(ended=rank.rank, code=rank.code, report=rank.report)
+        for message in line.hear():
+            if "over" in message:
+                return
+            if "end" in message:
+                team.end()
+            if "ask" in message:
+                if not by_signal:
+                    team.ask(message["ask"])
+                asked, by_signal = True, False
+        if signals and not asked:  # ranks that are asked twice end at once
+            asked = by_signal = True
+            line.say(signal=signals[0])
+            team.ask(signal.SIGTERM)
+        if line.silence > silence:
+            raise Lost(f"nothing was heard for {silence:.0f} s")
+        line.wait(_POLL_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

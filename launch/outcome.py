@@ -1,0 +1,131 @@
+"""How ranks ended, and what of it to tell: the likeliest culprit first, what is the same once."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bigtrain.errors import BigtrainError, LaunchError
+
+from .job import Job
+
+
+@dataclass
+class Rank:
+    """A rank that was started, and how it ended."""
+
+    rank: int
+    node: str = ""  # its name, where there are several
+    code: int | None = None  # None while it runs; negative: by that signal
+    ended_by_us: bool = False
+    lost: str = ""  # why nothing is known of its end
+    report: dict[str, Any] = field(default_factory=dict)  # what it told of its end itself
+
+    @property
+    def who(self) -> str:
+        return f"rank {self.rank}" + (f" on {self.node}" if self.node else "")
+
+    def has_failed(self, asked: bool) -> bool:
+        """Has it ended otherwise than the others will?
+
+        A rank that stops with all others because it was asked to has not failed; one that leaves
+        alone has, even with exit code 0.
+        """
+        if self.code is None:
+            return False
+        orderly = self.report.get("orderly") and not self.report.get("at_once")
+        return not (self.report.get("done") or (asked and orderly))
+
+
+def outcome(job: Job, ranks: Sequence[Rank], asked: Sequence[int]) -> int:
+    """Return 0, or raise the error of the rank that failed first; `asked` are signals we got."""
+    failed = [rank for rank in ranks if rank.code != 0 or not rank.report.get("done")]
+    if not failed:
+        return 0
+    first = min(failed, key=_blame)
+    assert first.code is not None
+    if first.report.get("orderly"):
+        raise failure(first.report["exit_code"], first.report["text"])
+    killed = first.code < 0 and not first.report and not first.lost
+    if asked and (first.ended_by_us or killed):
+        name = signal.Signals(asked[0]).name
+        raise failure(128 + asked[0], f"ended by {name} before it could finish a step and save")
+    text = first.report.get("text") or first.lost
+    same = [r for r in failed if text and text == (r.report.get("text") or r.lost)]
+    others = [r for r in failed if r is not first and r not in same]
+    also = f"\n  ({_named(others)} then ended too)" if others else ""
+    code = first.code if first.code >= 0 else 128 - first.code
+    what = _describe(job, first, same)
+    raise failure(code or 1, f"{what}{also}\n  log:  {job.log(first.rank)}")
+
+
+def failure(code: int, text: str) -> BigtrainError:
+    """Return the error that ends the launcher with this exit code."""
+    error = LaunchError(text)
+    error.exit_code = code
+    return error
+
+
+def _describe(job: Job, rank: Rank, same: Sequence[Rank]) -> str:
+    """Say how a rank ended; `same` are the ranks that told the same."""
+    if rank.lost:
+        return f"{_named(same)} lost: {rank.lost}"
+    if rank.report.get("text"):
+        return f"{_named(same)} failed: {rank.report['text']}"
+    assert rank.code is not None
+    if rank.code >= 0:
+        what = f"{rank.who} left with exit code {rank.code} before its work was done"
+        return f"{what}; it printed last:\n{last_lines(job.log(rank.rank))}"
+    name = signal.Signals(-rank.code).name
+    why = {
+        "SIGKILL": "somebody, or the system because memory ran out, killed it",
+        "SIGSEGV": "native code crashed: look for the library in the log",
+        "SIGBUS": "shared memory or disk ran out, or a mapped file was cut",
+    }.get(name, "see its log")
+    return f"{rank.who} was ended by {name}\n  why:  {why}"
+
+
+def _named(ranks: Sequence[Rank]) -> str:
+    """Return "rank 3 on n2", or "ranks 0-3, 6": what is in a row is shortened."""
+    if len(ranks) == 1:
+        return ranks[0].who
+    numbers = sorted(rank.rank for rank in ranks)
+    rows: list[list[int]] = []
+    for number in numbers:
+        if rows and number == rows[-1][-1] + 1:
+            rows[-1].append(number)
+        else:
+            rows.append([number])
+    texts = [f"{row[0]}-{row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in rows]
+    return f"ranks {', '.join(texts)}"
+
+
+def _blame(rank: Rank) -> tuple[int, float]:
+    """Order failed ranks, the likeliest culprit first.
+
+    Ranks of a node that is gone come first; then one that died without a word, before one that
+    could tell its error, that before one that only lost its peers, and last those that we ended.
+    """
+    if rank.lost:
+        order = 0
+    elif rank.ended_by_us and (not rank.report or rank.report.get("orderly")):
+        order = 4
+    elif rank.report.get("consequence"):
+        order = 3
+    elif rank.report:
+        order = 2
+    else:
+        order = 1
+    return order, float(rank.report.get("time", 0.0))
+
+
+def last_lines(log: Path, count: int = 12) -> str:
+    """Return the end of a log, to be shown in an error."""
+    with contextlib.suppress(OSError):
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
+        return "\n".join(f"    {line}" for line in lines) or "    (it is empty)"
+    return "    (its log cannot be read)"
