@@ -32,6 +32,7 @@ class Job:
     threads: int | str  # compute threads of a rank, or auto
     resume: bool
     env: Mapping[str, str] = field(default_factory=dict)  # what the user wants ranks to have
+    module: str = "bigtrain.train"  # what a rank runs
 
     @property
     def num_ranks(self) -> int:
@@ -47,7 +48,7 @@ class Job:
 
     def command(self) -> list[str]:
         """Return the command line, the same for every rank."""
-        command = [sys.executable, "-m", "bigtrain.train", str(self.config_path)]
+        command = [sys.executable, "-m", self.module, str(self.config_path)]
         return [*command, "--resume"] if self.resume else command
 
     def environment(

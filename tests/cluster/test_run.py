@@ -92,7 +92,7 @@ def test_screen_without_a_terminal_is_plain_lines(finished: Run) -> None:
     for word in ("validation loss", "unigram entropy", "bigram entropy", "a sample of the model"):
         assert word in out
     assert "checkpoint   first/checkpoints/step-00000008" in out
-    assert finished.err == ""
+    assert finished.err == "this machine: 2 ranks here\n"
     log = (finished.folder / "logs" / "rank-0.log").read_text(errors="replace")
     assert [x.rstrip() for x in log.split("\n")] == [x.rstrip() for x in out.split("\n")]
 
