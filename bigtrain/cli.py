@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 ckpt = typer.Typer(no_args_is_help=True, help="List, inspect and verify checkpoints.")
 app.add_typer(ckpt, name="ckpt")
+jobs = typer.Typer(help="List, follow and cancel the jobs of bigtrain in Slurm's queue.")
+app.add_typer(jobs, name="jobs")
 
 ConfigPath = Annotated[str, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
 Overrides = Annotated[
@@ -43,6 +45,12 @@ def launch(
         bool, typer.Option(help="Move an old run in the same folder aside, and start over.")
     ] = False,
     hosts: Annotated[str, typer.Option(help="Machines to start ranks on by ssh, like a,b.")] = "",
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Submit it as a Slurm job, as launch.slurm says.")
+    ] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show the log of the job until it ends.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what would be started where; start nothing.")
     ] = False,
@@ -50,22 +58,34 @@ def launch(
     """Train: start the ranks, here or on several nodes, and watch over them.
 
     In a Slurm job on its nodes, else on --hosts, else on this machine. Started by srun, mpiexec or
-    torchrun itself, it is a rank.
+    torchrun itself, it is a rank. With --slurm, or a section launch.slurm, it is submitted.
     """
     from bigtrain.comm.started import starter_of
+    from bigtrain.launch.frozen import changed_since
     from bigtrain.launch.lead import dry_lines, lead
     from bigtrain.run_folder import open_run
 
-    if resume and restart:
-        raise BigtrainError("--resume and --restart exclude each other", mend="give one of them")
+    for pair, both in (
+        ("--resume and --restart", resume and restart),
+        ("--slurm and --hosts", slurm and hosts),
+    ):
+        if both:
+            raise BigtrainError(f"{pair} exclude each other", mend="give one of them")
     if starter_of() is not None:
         _be_a_rank(config, overrides, resume, restart)
     try:
-        read, plan = _read(config, overrides, hosts)
+        read, plan = _read(config, overrides, hosts, slurm)
+        if plan.start == "sbatch":
+            _check_sweep(read, config, overrides, plan.num_ranks)
+            raise typer.Exit(_submit(read, plan, config, resume, restart, follow, dry_run))
+        if follow:
+            raise BigtrainError("--follow is for Slurm jobs", mend="give --slurm as well")
         if dry_run:
             for line in dry_lines(read, plan, resume):
                 typer.echo(line)
             return
+        if warning := changed_since(config):
+            _say(f"warning: {warning}")
         folder, lock = open_run(read, resume=resume, restart=restart)
     except KeyboardInterrupt:
         raise Stopped(signal.SIGINT, "stopped before any rank was started") from None
@@ -84,15 +104,57 @@ def _be_a_rank(config: str, overrides: list[str] | None, resume: bool, restart: 
     exit_now(main([config, *(overrides or []), *options]))
 
 
-def _read(path: str, overrides: list[str] | None, hosts: str = "") -> tuple[Config, Plan]:
+def _submit(
+    config: Config, plan: Plan, source: str, resume: bool, restart: bool, show: bool, dry_run: bool
+) -> int:
+    """Hand the run to Slurm, or print the script that would be; return the exit code."""
+    from bigtrain.launch.submit import dry_script, submit
+
+    if dry_run:
+        typer.echo(dry_script(config, source), nl=False)
+        return 0
+    done = submit(config, source, resume=resume, restart=restart)
+    numbers = ", ".join(done.numbers)
+    typer.echo(f"job {numbers}: {plan}")
+    typer.echo(f"  script   {done.script}, also for sbatch by hand")
+    typer.echo(f"  follow   bigtrain jobs follow {done.numbers[0]}")
+    typer.echo(f"  cancel   bigtrain jobs cancel {' '.join(done.numbers)}")
+    return _follow(done.numbers[0]) if show else 0
+
+
+def _check_sweep(config: Config, path: str, overrides: list[str] | None, num_ranks: int) -> None:
+    """Find out now what is wrong with a job of the sweep, and not when it is its turn."""
+    from bigtrain.config.load import load_config
+    from bigtrain.launch.slurm import combinations
+
+    for row in combinations(config):
+        load_config(path, [*(overrides or []), *row], num_ranks)
+
+
+def _follow(number: str) -> int:
+    from bigtrain.launch.jobs import follow
+
+    try:
+        return follow(number, lambda text: typer.echo(text, nl=False), _say)
+    except KeyboardInterrupt:
+        _say(f"job {number} goes on without you; bigtrain jobs cancel {number} ends it")
+        return 128 + signal.SIGINT
+
+
+def _read(
+    path: str, overrides: list[str] | None, hosts: str = "", slurm: bool = False
+) -> tuple[Config, Plan]:
     """Return the config, checked against the ranks that would be started, and which those are."""
     from bigtrain.config.load import load_config
-    from bigtrain.launch.plan import find_allocation, make_plan
+    from bigtrain.launch.plan import find_allocation, find_hosts, make_plan
+    from bigtrain.launch.slurm import make_submission
 
     allocation = find_allocation(os.environ)
-    names = [name for name in hosts.split(",") if name]
+    names = find_hosts(hosts)
 
     def plan(config: Config) -> Plan:
+        if slurm or (config.launch.slurm is not None and allocation is None and not names):
+            return make_submission(config)
         return make_plan(config, os.environ, allocation, names)
 
     read = load_config(path, overrides or [], lambda config: plan(config).num_ranks)
@@ -157,6 +219,39 @@ def doctor() -> None:
     logging.getLogger("bigtrain").addHandler(logging.NullHandler())  # the report says it all
     for line in doctor_lines():
         typer.echo(line)
+
+
+@jobs.callback(invoke_without_command=True)
+def jobs_list(context: typer.Context) -> None:
+    """List the jobs of bigtrain in Slurm's queue."""
+    from bigtrain.launch.jobs import job_lines
+    from bigtrain.launch.slurm_commands import queued_jobs
+
+    if context.invoked_subcommand is None:
+        for line in job_lines(queued_jobs()):
+            typer.echo(line)
+
+
+@jobs.command("follow")
+def jobs_follow(
+    job: Annotated[str, typer.Argument(help="a job's number, or a run folder")],
+) -> None:
+    """Show the log of a job as it grows, until the job has ended."""
+    from bigtrain.launch.jobs import number_to_follow
+
+    raise typer.Exit(_follow(number_to_follow(job)))
+
+
+@jobs.command("cancel")
+def jobs_cancel(
+    which: Annotated[list[str], typer.Argument(help="jobs' numbers, or run folders")],
+) -> None:
+    """Cancel jobs. A run that trains saves first, within the time that Slurm gives."""
+    from bigtrain.launch.jobs import cancel
+
+    for one in which:
+        for line in cancel(one):
+            typer.echo(line)
 
 
 @app.command()

@@ -29,13 +29,15 @@ class Interrupted(KeyboardInterrupt):
 class StopRequest:
     """Remembers SIGINT or SIGTERM. Outside of the training loop they end the process at once.
 
-    Inside the loop (`finishing = True`) the first one only asks, the second one ends it. The
+    Inside the loop (`finishing = True`) the first one only asks, the second one ends it, unless
+    the launcher is patient: then the same request may come by several ways. The
     launcher starts ranks with these signals blocked; from here on they are heard.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.finishing = False
+        self.patient = os.environ.get("BIGTRAIN_PATIENT") == "1"
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -43,7 +45,7 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again = self.signal is not None
         self.signal = number
-        if again or not self.finishing:
+        if not self.finishing or (again and not self.patient):
             raise Interrupted(number)
 
 

@@ -30,7 +30,7 @@ from bigtrain.observe.curve import draw_curve
 from bigtrain.observe.jsonl import JsonLines, forget_after
 from bigtrain.observe.metrics import Metrics
 from bigtrain.observe.progress import make_display, setup_logging
-from bigtrain.observe.records import EvalRecord, StepRecord
+from bigtrain.observe.records import EvalRecord, SaveRecord, StepRecord
 from bigtrain.ops.library import library_of
 from bigtrain.run_folder import RunFolder, begin, explained_io, open_run
 from bigtrain.trainer import Trainer
@@ -154,7 +154,7 @@ def _loop(trainer: Trainer, folder: RunFolder, console: Console | None) -> float
     reads = config.log.sample_ids and mesh.pp.rank == mesh.cp.rank == mesh.tp.rank == 0
     samples = JsonLines(ids) if reads else None  # ranks of one replica read the same
 
-    def record_it(record: StepRecord | EvalRecord) -> None:
+    def record_it(record: StepRecord | EvalRecord | SaveRecord) -> None:
         with explained_io(folder.path):
             if metrics is not None:
                 metrics.add(record)
@@ -164,9 +164,18 @@ def _loop(trainer: Trainer, folder: RunFolder, console: Console | None) -> float
     display = make_display(
         console, trainer.step, config.train.steps, config.log.every, trainer.source.unit
     )
+    recorded: SaveRecord | None = None
     validation_loss = None
+
+    def record_save() -> None:
+        nonlocal recorded
+        if trainer.last_save is not None and trainer.last_save != recorded:
+            recorded = trainer.last_save
+            record_it(recorded)
+
     try:
         for record in trainer.steps():
+            record_save()
             display.step(record)
             record_it(record)
             if _evaluation_is_due(config, record.step) and not trainer.stop_signal:
@@ -175,6 +184,7 @@ def _loop(trainer: Trainer, folder: RunFolder, console: Console | None) -> float
                     evaluation = EvalRecord(record.step, validation_loss)
                     display.evaluation(evaluation)
                     record_it(evaluation)
+        record_save()
     finally:
         display.close()
         for file in (metrics, samples):

@@ -43,7 +43,7 @@ from bigtrain.engines.seam import Gradients, Holder, Runner, Updater
 from bigtrain.errors import BigtrainError, CheckpointError, NonFiniteError
 from bigtrain.lifetime import STOP_SIGNALS
 from bigtrain.models.build import Batch, build_loss, build_model, evaluating
-from bigtrain.observe.records import StepRecord
+from bigtrain.observe.records import SaveRecord, StepRecord
 from bigtrain.observe.replicas import find_divergence
 from bigtrain.ops.dropout import Dropout, seed_dropout
 from bigtrain.optim import build_optimizer, kinds_for, learning_rate
@@ -79,6 +79,7 @@ class Trainer:
             together(lambda: load_deepspeed(mesh.device), mesh.world, "importing DeepSpeed")
         self.step = self.cursor = self.num_skipped = 0
         self.stop_signal: int | None = None
+        self.last_save: SaveRecord | None = None
         self.dtype = DTYPES[config.train.precision]
         self.loss_scale = build_loss_scale(config.train)
         self.microbatch, self.num_microbatches = microbatches_of(config, mesh.layout)
@@ -406,6 +407,7 @@ class Trainer:
             CheckpointError: on every rank, if any could not write.
             NonFiniteError: a parameter is NaN or infinite, and such a checkpoint would be no help.
         """
+        began = time.perf_counter()
         self._refuse_nonfinite()
         scale = self.loss_scale
         state = State(
@@ -424,6 +426,7 @@ class Trainer:
         if self.mesh.rank == 0:
             keep = self.config.checkpoint
             prune(self.checkpoints, self.step, keep.keep_last, keep.keep_every)
+        self.last_save = SaveRecord(self.step, round(time.perf_counter() - began, 3))
         return where
 
     def _refuse_nonfinite(self) -> None:

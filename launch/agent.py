@@ -56,8 +56,8 @@ def _connect(call: dict[str, Any]) -> Line:
             tried.append(f"{address}:{call['port']} {error.strerror or error}")
             continue
         try:
-            node = int(call.get("node", os.environ.get("SLURM_NODEID", 0)))
-            line.say(secret=call["secret"], node=node, host=socket.gethostname(), pid=os.getpid())
+            name = call.get("name") or os.environ.get("SLURMD_NODENAME", socket.gethostname())
+            line.say(secret=call["secret"], name=name, host=socket.gethostname(), pid=os.getpid())
         except Lost as lost:
             tried.append(f"{address}:{call['port']} {lost}")
             continue

@@ -33,6 +33,7 @@ class Job:
     resume: bool
     env: Mapping[str, str] = field(default_factory=dict)  # what the user wants ranks to have
     module: str = "bigtrain.train"  # what a rank runs
+    patient: bool = False  # signals that come again change nothing: Slurm sends them to everybody
 
     @property
     def num_ranks(self) -> int:
@@ -72,6 +73,7 @@ class Job:
             "MASTER_ADDR": meeting.address,
             "MASTER_PORT": str(meeting.port),
             "PYTHONUNBUFFERED": "1",
+            "BIGTRAIN_PATIENT": str(int(self.patient)),
             "BIGTRAIN_STORE_FD": str(meeting.store_fd),
             "BIGTRAIN_REPORT_FD": str(report_fd),
             "BIGTRAIN_LAUNCHER_PID": str(os.getpid()),

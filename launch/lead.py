@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shlex
+import time
 from pathlib import Path
 
+from bigtrain.config.load import dump
 from bigtrain.config.schema import Config
 from bigtrain.run_folder import RunFolder
 
 from .job import Job, Meeting
 from .local import LocalTeam
-from .plan import Plan
+from .outcome import Ended, last_line
+from .plan import Plan, smaller
 from .remote import RemoteTeam, starters
+from .requeue import queue_again
 from .watch import Team, run_team, stderr_line
 
 
@@ -26,6 +32,7 @@ def make_job(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> Job
         threads=config.launch.threads_per_rank,
         resume=resume,
         env=config.launch.env,
+        patient="SLURM_JOB_ID" in os.environ,
     )
 
 
@@ -45,15 +52,44 @@ def make_team(config: Config, plan: Plan, job: Job) -> Team:
 def lead(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> int:
     """Run the ranks to their end and return the exit code for the shell.
 
+    Where the run may do with fewer nodes, it goes on without those that are lost; a Slurm job whose
+    time is up, or that lost a node, queues up again.
+
     Raises:
         LaunchError: ranks could not be started, or one failed; its error comes first.
     """
-    stderr_line(str(plan))
-    job = make_job(config, plan, folder, resume)
     in_slurm = "SLURM_JOB_ID" in os.environ
-    return run_team(
-        job, make_team(config, plan, job), config.launch.stop_seconds, stderr_line, in_slurm
-    )
+    began, at = time.time(), _newest_checkpoint(folder)
+    while True:
+        stderr_line(str(plan))
+        job = make_job(config, plan, folder, resume)
+        team = make_team(config, plan, job)
+        try:
+            return run_team(job, team, config.launch.stop_seconds, stderr_line)
+        except Ended as ended:
+            left = smaller(config, plan, ended.lost_nodes) if ended.lost_nodes else None
+            if left is None or ended.asked is not None:
+                if in_slurm:
+                    stepped = _has_stepped(folder, began, at)
+                    ended = queue_again(ended, os.environ, stepped, stderr_line)
+                raise ended from None
+            stderr_line(f"{ended}\ngoing on with {len(left.nodes)} of {len(plan.nodes)} nodes")
+            plan, resume = left, True
+            folder.next_config.write_text(dump(config), encoding="utf-8")
+
+
+def _newest_checkpoint(folder: RunFolder) -> int:
+    """Return the step of the newest checkpoint, 0 without any."""
+    names = [path.name.removeprefix("step-") for path in folder.checkpoints.glob("step-*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def _has_stepped(folder: RunFolder, began: float, at: int) -> bool:
+    """Tell whether the run has recorded a step beyond `at` since `began`."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
+        if folder.metrics.stat().st_mtime >= began - 2.0:  # clocks of file servers differ
+            return int(json.loads(last_line(folder.metrics))["step"]) > at
+    return False
 
 
 def dry_lines(config: Config, plan: Plan, resume: bool) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigtrain.errors import BigtrainError, LaunchError
+from bigtrain.errors import LaunchError
 
 from .job import Job
 
@@ -41,33 +41,54 @@ class Rank:
         return not (self.report.get("done") or (asked and orderly))
 
 
+class Ended(LaunchError):
+    """The ranks ended before the run was complete.
+
+    asked: the first signal that we got. lost_nodes: those that are gone.
+    """
+
+    def __init__(
+        self,
+        code: int,
+        what: str,
+        asked: int | None,
+        lost_nodes: Sequence[str] = (),
+        *,
+        why: str = "",
+        mend: str = "",
+    ) -> None:
+        super().__init__(what, why=why, mend=mend)
+        self.exit_code, self.asked, self.lost_nodes = code, asked, tuple(lost_nodes)
+
+
 def outcome(job: Job, ranks: Sequence[Rank], asked: Sequence[int]) -> int:
-    """Return 0, or raise the error of the rank that failed first; `asked` are signals we got."""
+    """Return 0 if all is done; `asked` are the signals that we got.
+
+    Raises:
+        Ended: with the error of the rank that failed first.
+    """
     failed = [rank for rank in ranks if rank.code != 0 or not rank.report.get("done")]
     if not failed:
         return 0
     first = min(failed, key=_blame)
     assert first.code is not None
+    signal_number = asked[0] if asked else None
     if first.report.get("orderly"):
-        raise failure(first.report["exit_code"], first.report["text"])
+        raise Ended(first.report["exit_code"], first.report["text"], signal_number)
     killed = first.code < 0 and not first.report and not first.lost
     if asked and (first.ended_by_us or killed):
         name = signal.Signals(asked[0]).name
-        raise failure(128 + asked[0], f"ended by {name} before it could finish a step and save")
+        what = f"ended by {name} before it could finish a step and save"
+        raise Ended(128 + asked[0], what, signal_number)
     text = first.report.get("text") or first.lost
     same = [r for r in failed if text and text == (r.report.get("text") or r.lost)]
     others = [r for r in failed if r is not first and r not in same]
     also = f"\n  ({_named(others)} then ended too)" if others else ""
     code = first.code if first.code >= 0 else 128 - first.code
     what = _describe(job, first, same)
-    raise failure(code or 1, f"{what}{also}\n  log:  {job.log(first.rank)}")
-
-
-def failure(code: int, text: str) -> BigtrainError:
-    """Return the error that ends the launcher with this exit code."""
-    error = LaunchError(text)
-    error.exit_code = code
-    return error
+    lost = dict.fromkeys(rank.node for rank in failed if rank.lost)
+    text = f"{what}{also}\n  log:  {job.log(first.rank)}"
+    raise Ended(code or 1, text, signal_number, [*lost])
 
 
 def _describe(job: Job, rank: Rank, same: Sequence[Rank]) -> str:
@@ -129,3 +150,14 @@ def last_lines(log: Path, count: int = 12) -> str:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
         return "\n".join(f"    {line}" for line in lines) or "    (it is empty)"
     return "    (its log cannot be read)"
+
+
+def last_line(path: Path) -> bytes:
+    """Return the last whole line of a file that may be long and cut.
+
+    Raises:
+        IndexError: there is none.
+    """
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 16)))
+        return file.read().split(b"\n")[:-1][-1]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
+from bigtrain.config.check import check
 from bigtrain.config.schema import Config
 from bigtrain.errors import LaunchError
 from bigtrain.machine import num_cores, num_gpus
 from bigtrain.slurm_lists import counts_per_node, node_names
 
-Start = Literal["here", "srun", "ssh"]
+Start = Literal["here", "srun", "ssh", "sbatch"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Plan:
     start: Start
     nodes: tuple[str, ...]
     ranks_per_node: int
+    least: int  # nodes that the run goes on with, when others are lost
 
     @property
     def num_ranks(self) -> int:
@@ -43,6 +47,8 @@ class Plan:
         if self.start == "here":
             return f"{self.found}: {ranks} here"
         each = f"{self.ranks_per_node} on each of {len(self.nodes)} nodes"
+        if self.start == "sbatch":  # which ones, Slurm will say
+            return f"{self.found}: {ranks}, {each}"
         return f"{self.found}: {ranks}, {each} ({shortened(self.nodes)}), started by {self.start}"
 
 
@@ -80,6 +86,28 @@ def fewest_cores(env: Mapping[str, str]) -> int | None:
     return min(counts_per_node(env.get("SLURM_JOB_CPUS_PER_NODE", "")), default=None)
 
 
+def find_hosts(text: str) -> list[str]:
+    """Return the machines of --hosts: names with commas between, or a file with one on each line.
+
+    Raises:
+        LaunchError: a machine is named twice, or the file names none.
+    """
+    path = Path(text)
+    if text and "," not in text and path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        names = [words[0] for line in lines if (words := line.partition("#")[0].split())]
+    else:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or (text and not names):
+        raise LaunchError(
+            f"--hosts {text}: " + (f"{', '.join(twice)} twice" if twice else "it names no machine"),
+            why="each machine gets launch.processes ranks, and is named once",
+            mend="give names like a,b, or a file with a name on each line",
+        )
+    return names
+
+
 def make_plan(
     config: Config, env: Mapping[str, str], allocation: Allocation | None, hosts: Sequence[str] = ()
 ) -> Plan:
@@ -92,11 +120,12 @@ def make_plan(
     if hosts:
         return _on(config, env, f"{len(hosts)} hosts", "ssh", hosts, None)
     if allocation is not None:
-        found = f"Slurm job {allocation.job}"
+        found = f"Slurm job {allocation.job}" if allocation.job else "Slurm"
         here = allocation.nodes == (env.get("SLURMD_NODENAME"),)  # and not where salloc was called
         start: Start = "here" if here else "srun"
         return _on(config, env, found, start, allocation.nodes, allocation)
-    if config.launch.nodes not in ("auto", 1):
+    least, _ = config.launch.node_range or (1, 1)
+    if least > 1:
         raise LaunchError(
             f"launch.nodes = {config.launch.nodes}, but this is one machine",
             why="there is no Slurm allocation around this process, and no hosts are given",
@@ -114,14 +143,41 @@ def _on(
     nodes: tuple[str, ...],
     allocation: Allocation | None,
 ) -> Plan:
-    asked = config.launch.nodes
-    if asked not in ("auto", len(nodes)):
+    least, most = config.launch.node_range or (len(nodes), len(nodes))
+    if not least <= len(nodes) <= most:
+        asked = config.launch.nodes
         raise LaunchError(
             f"launch.nodes = {asked}, but {found} has {len(nodes)}: {shortened(nodes)}",
             why="a run on other nodes than it was meant for is refused, not made to fit",
             mend=f"ask for {asked} nodes, or set launch.nodes to {len(nodes)} or auto",
         )
-    return Plan(found, start, nodes, ranks_per_node(config, env, len(nodes), allocation))
+
+    def plan(count: int) -> Plan:
+        each = ranks_per_node(config, env, count, allocation)
+        return Plan(found, start, nodes[:count], each, least)
+
+    if least == most:
+        return plan(len(nodes))
+    return _largest(config, plan, least, len(nodes))
+
+
+def _largest(config: Config, plan: Callable[[int], Plan], least: int, most: int) -> Plan:
+    """Return the plan of the most nodes whose ranks can share out the model and the batch."""
+    for count in range(most, least - 1, -1):
+        with contextlib.suppress(LaunchError):  # degrees that so many nodes cannot share
+            if not check(config, plan(count).num_ranks):
+                return plan(count)
+    return plan(most)  # and what is wrong with it will be told
+
+
+def smaller(config: Config, plan: Plan, lost: Collection[str]) -> Plan | None:
+    """Return the plan for the nodes that are left of one, or None if the run needs more."""
+    left = tuple(node for node in plan.nodes if node not in lost)
+    for count in range(len(left), plan.least - 1, -1):
+        smaller = replace(plan, nodes=left[:count])
+        if count and not check(config, smaller.num_ranks):
+            return smaller
+    return None
 
 
 def ranks_per_node(

@@ -19,7 +19,7 @@ from typing import Any
 from bigtrain.errors import LaunchError
 
 from .job import Job
-from .outcome import Rank, last_lines
+from .outcome import Ended, Rank, last_lines
 from .plan import Plan, fewest_cores, shortened
 from .wire import PULSE_SECONDS, Line, Lost, addresses_towards
 
@@ -42,6 +42,7 @@ def starters(plan: Plan, ssh: Sequence[str], env: Mapping[str, str]) -> list[lis
         return [
             [
                 *("srun", "--nodes", count, "--ntasks", count, "--ntasks-per-node", "1"),
+                *("--nodelist", ",".join(plan.nodes)),
                 # All that the job has on a node is for the agent's ranks, which share it out.
                 *("--cpus-per-task", str(cores), "--cpu-bind=none", "--overlap"),
                 *("--kill-on-bad-exit=0", "--input=all", *agent),
@@ -122,7 +123,9 @@ class RemoteTeam:
         }
         commands = starters(self.plan, self.ssh, os.environ)
         for number, command in enumerate(commands):
-            mine: dict[str, Any] = {**call, "node": number} if len(commands) > 1 else call
+            # srun says it to each of its agents itself.
+            by_ssh = self.plan.start == "ssh"
+            mine: dict[str, Any] = {**call, "name": self.plan.nodes[number]} if by_ssh else call
             try:
                 with open(self._log, "ab") as log:
                     process = subprocess.Popen(
@@ -168,25 +171,29 @@ class RemoteTeam:
         if not messages:
             return  # it has said nothing yet
         strangers.remove(line)
-        first, node = messages[0], messages[0].get("node")
+        first = messages[0]
+        node = self.plan.nodes.index(first["name"]) if first.get("name") in self.plan.nodes else -1
         known = secrets.compare_digest(str(first.get("secret", "")).encode(), self._secret.encode())
         wanted = set(range(len(self.plan.nodes))) - self._agents.keys()
-        if not known or not isinstance(node, int) or node not in wanted:
+        if not known or node not in wanted:
             line.close()
             return
         self._agents[node] = _Agent(line, node)
         for message in messages[1:]:
             self._agents[node].port = message.get("port")
 
-    def _incomplete(self, ended: Sequence[subprocess.Popen[bytes]]) -> LaunchError:
+    def _incomplete(self, ended: Sequence[subprocess.Popen[bytes]]) -> Ended:
         missing = [n for i, n in enumerate(self.plan.nodes) if i not in self._agents]
         missing += [self.plan.nodes[a.node] for a in self._agents.values() if a.gone]
         count = len(self.plan.nodes)
         why = f"nothing came from them within {self.join_seconds:.0f} s"
         if ended:
             why = f"{_name(ended[0])} ended with exit code {ended[0].returncode}"
-        return LaunchError(
+        return Ended(
+            1,
             f"{count - len(missing)} of {count} nodes joined; {shortened(missing)} did not",
+            None,
+            missing,
             why=f"{why}; it was said:\n{last_lines(self._log)}",
             mend="see whether those nodes are up, have this folder and this Python "
             f"({sys.executable}), and can open connections to this machine",

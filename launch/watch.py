@@ -18,7 +18,6 @@ _END_SECONDS = 3.0  # from SIGTERM to SIGKILL once a rank has failed
 _SIGNALS = {
     int(signal.SIGINT): signal.SIGINT,
     int(signal.SIGTERM): signal.SIGTERM,
-    int(signal.SIGHUP): signal.SIGTERM,
     int(signal.SIGUSR1): signal.SIGTERM,
 }
 
@@ -52,7 +51,9 @@ class Asked:
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        # A terminal that is closed asks as scancel does.
+        numbers = (*_SIGNALS, signal.SIGHUP)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:
@@ -60,21 +61,19 @@ class Asked:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self.numbers.append(number)
+        self.numbers.append(signal.SIGTERM if number == signal.SIGHUP else number)
 
     @property
     def for_ranks(self) -> list[int]:
         return [_SIGNALS[number] for number in self.numbers]
 
 
-def run_team(
-    job: Job, team: Team, stop_seconds: float, say: Callable[[str], None], patient: bool = False
-) -> int:
+def run_team(job: Job, team: Team, stop_seconds: float, say: Callable[[str], None]) -> int:
     """Run the ranks to their end and return the exit code for the shell.
 
     SIGINT, SIGTERM and SIGUSR1 are passed on to the ranks, which finish their step and save; a
     second one, or `stop_seconds`, ends them. When a rank fails, all others end within 5 seconds.
-    patient: more signals change nothing, since who sends them will kill us when time is up (Slurm).
+    Of a patient job more signals change nothing: who sends them (Slurm) kills it when time is up.
 
     Raises:
         LaunchError: ranks could not be started, or one failed; its error comes first.
@@ -83,10 +82,10 @@ def run_team(
     with asked.listen():
         try:
             team.start()
-            _watch(team, asked, stop_seconds, say, patient)
+            _watch(team, asked, stop_seconds, say, job.patient)
         finally:
             team.close()
-        return outcome(job, team.ranks, asked.for_ranks)
+        return outcome(job, team.ranks, asked.numbers)
 
 
 def _watch(

@@ -40,8 +40,9 @@ def fixed_world_size(config: Config) -> int | None:
     parallel = config.parallel
     launch = config.launch
     if launch.processes != "auto":
-        nodes = len(launch.hosts or ()) or (1 if launch.nodes == "auto" else int(launch.nodes))
-        return int(launch.processes) * nodes
+        least, most = launch.node_range or (1, 1)
+        nodes = len(launch.hosts or ()) or (least if least == most else None)
+        return int(launch.processes) * nodes if nodes else None
     if parallel.dp != "auto":
         return math.prod((parallel.pp, int(parallel.dp), parallel.cp, parallel.tp))
     return None

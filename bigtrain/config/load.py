@@ -9,7 +9,7 @@ import copy
 import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -306,10 +306,17 @@ def _legal_keys(section: Key, values: dict[str, Any]) -> list[str]:
         kind = "factory" if by_factory else chosen.get("kind", default)
         model = VARIANTS[name][kind]
     else:
-        annotation = Config.model_fields[name].annotation
-        assert isinstance(annotation, type)
-        model = annotation
+        model = _section_of(Config, name)
+        for inner in section[1:]:
+            model = _section_of(model, str(inner))
     return list(model.model_fields)
+
+
+def _section_of(model: type[Section], name: str) -> type[Section]:
+    """Return the section that a key of another one holds, which may be left empty."""
+    annotation = model.model_fields[name].annotation
+    options = get_args(annotation) or (annotation,)
+    return next(one for one in options if isinstance(one, type) and issubclass(one, Section))
 
 
 def _show(value: Any) -> str:

@@ -16,6 +16,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from bigtrain.config.launching import LaunchSection
 from bigtrain.config.optimizers import (
     AdagradOptimizer,
     AdamwOptimizer,
@@ -281,27 +282,6 @@ class LogSection(Section):
     """Steps between two lines on the screen; metrics.jsonl has every step."""
     sample_ids: bool = False
     """Record the samples of every step in samples/rank-N.jsonl, N the first rank of a replica."""
-
-
-class LaunchSection(Section):
-    nodes: CountOrAuto = "auto"
-    """Machines; auto takes those of the Slurm job or of the hosts, else this one."""
-    hosts: list[Annotated[str, Field(min_length=1)]] | None = None
-    """Machines to start ranks on with ssh, the first one has rank 0. Empty: none."""
-    processes: CountOrAuto = "auto"
-    """Ranks on each node; auto shares out the product of the degrees, else one per GPU or core."""
-    threads_per_rank: CountOrAuto = "auto"
-    """Compute threads of a rank; auto shares the machine's cores among its ranks."""
-    stop_seconds: Annotated[float, Field(gt=0)] = 60.0
-    """After Ctrl-C, how long ranks may take to finish their step and save before they are ended."""
-    join_seconds: Annotated[float, Field(gt=0)] = 120.0
-    """How long nodes may take to join before the launch is given up."""
-    silence_seconds: Annotated[float, Field(ge=5)] = 30.0
-    """After what silence a node counts as gone."""
-    ssh: Annotated[list[str], Field(min_length=1)] = ["ssh", "-o", "BatchMode=yes"]
-    """What starts a command on a host: these words, the host, the command."""
-    env: dict[str, str] = {}
-    """Environment variables for all ranks."""
 
 
 def _kind_or_factory(default: str, factory: bool = True) -> Discriminator:

@@ -170,6 +170,12 @@ def write_tree(values: dict[str, Any]) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def write_value(value: Any) -> str:
+    """Return a value in one line of YAML, as `read_value` reads it back."""
+    line = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=1 << 30)
+    return line.strip()[1:-1]
+
+
 def read_value(text: str, source: str) -> tuple[Any, list[Problem]]:
     """Return the value that `text` has in YAML, as on the right of `key: `, and what is wrong."""
     tree = Tree()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigtrain.observe.jsonl import JsonLines
-from bigtrain.observe.records import EvalRecord, StepRecord
+from bigtrain.observe.records import EvalRecord, SaveRecord, StepRecord
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -23,7 +23,7 @@ class Metrics:
         self._resume_step = resume_step
         self._writer: SummaryWriter | None = None
 
-    def add(self, record: StepRecord | EvalRecord) -> None:
+    def add(self, record: StepRecord | EvalRecord | SaveRecord) -> None:
         """Append one record."""
         values = {name: value for name, value in asdict(record).items() if value is not None}
         values.pop("sample_ids", None)

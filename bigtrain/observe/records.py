@@ -25,6 +25,14 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class SaveRecord:
+    """What the checkpoint of `step` has cost."""
+
+    step: int
+    save_seconds: float
+
+
+@dataclass(frozen=True)
 class EvalRecord:
     """The held-out loss after `step` updates."""
 

@@ -116,6 +116,11 @@ class Slurm:
     def state(self, number: int) -> str:
         return self.job(number).get("JobState", "")
 
+    def nodes_of(self, number: int) -> list[str]:
+        """Return the names of the nodes of a job, the first is where its script runs."""
+        names = self.job(number)["NodeList"]
+        return self.ask("scontrol", "show", "hostnames", names).split()
+
     def wait_state(self, number: int, *states: str, seconds: float = 60.0) -> str:
         """Return the state of a job once it is one of these."""
         _wait(f"job {number} to be {states}", lambda: self.state(number) in states, seconds)

@@ -70,13 +70,64 @@ def wait_for(what: str, condition: Callable[[], T], seconds: float = PATIENCE) -
 
 
 @dataclass
-class Run:
+class RunFiles:
+    """What a run leaves in its folder; it was started in `cwd`."""
+
+    cwd: Path
+    folder: Path
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the records of metrics.jsonl, without a last line that is being written."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return []
+        text = path.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def losses(self) -> list[float]:
+        """Return the training losses, step by step; every step is there once."""
+        records = [r for r in self.metrics() if "loss" in r]
+        assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+        return [r["loss"] for r in records]
+
+    def validation_losses(self) -> dict[int, float]:
+        return {r["step"]: r["validation_loss"] for r in self.metrics() if "validation_loss" in r}
+
+    def sample_ids(self) -> dict[int, list[int]]:
+        """Return the sample ids of each step, over all ranks, sorted; no rank has a step twice."""
+        ids: dict[int, list[int]] = {}
+        for path in (self.folder / "samples").glob("rank-*.jsonl"):
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+            steps = [record["step"] for record in records]
+            assert len(set(steps)) == len(steps), f"{path} has a step twice"
+            for record in records:
+                ids.setdefault(record["step"], []).extend(record["ids"])
+        return {step: sorted(some) for step, some in sorted(ids.items())}
+
+    def checkpoints(self) -> list[str]:
+        """Return the names of what a user would take for a checkpoint, oldest first."""
+        return sorted(p.name for p in (self.folder / "checkpoints").glob("step-*"))
+
+    def verify(self) -> str:
+        """Check all checkpoints with `bigtrain ckpt verify`; return what it says."""
+        done = subprocess.run(
+            [BIN / "bigtrain", "ckpt", "verify", self.folder],
+            cwd=self.cwd,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@dataclass
+class Run(RunFiles):
     """A launcher (or torchrun) that was started, and the folder it works in."""
 
     process: subprocess.Popen
     mark: str
-    cwd: Path
-    folder: Path
     out_path: Path
     err_path: Path
 
@@ -158,51 +209,6 @@ class Run:
         """All that the screen showed, for the messages of assertions."""
         return f"--- stdout\n{self.out}\n--- stderr\n{self.err}"
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """Return the records of metrics.jsonl, without a last line that is being written."""
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return []
-        text = path.read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-    def losses(self) -> list[float]:
-        """Return the training losses, step by step; every step is there once."""
-        records = [r for r in self.metrics() if "loss" in r]
-        assert [r["step"] for r in records] == list(range(1, len(records) + 1))
-        return [r["loss"] for r in records]
-
-    def validation_losses(self) -> dict[int, float]:
-        return {r["step"]: r["validation_loss"] for r in self.metrics() if "validation_loss" in r}
-
-    def sample_ids(self) -> dict[int, list[int]]:
-        """Return the sample ids of each step, over all ranks, sorted; no rank has a step twice."""
-        ids: dict[int, list[int]] = {}
-        for path in (self.folder / "samples").glob("rank-*.jsonl"):
-            records = [json.loads(line) for line in path.read_text().splitlines()]
-            steps = [record["step"] for record in records]
-            assert len(set(steps)) == len(steps), f"{path} has a step twice"
-            for record in records:
-                ids.setdefault(record["step"], []).extend(record["ids"])
-        return {step: sorted(some) for step, some in sorted(ids.items())}
-
-    def checkpoints(self) -> list[str]:
-        """Return the names of what a user would take for a checkpoint, oldest first."""
-        return sorted(p.name for p in (self.folder / "checkpoints").glob("step-*"))
-
-    def verify(self) -> str:
-        """Check all checkpoints with `bigtrain ckpt verify`; return what it says."""
-        done = subprocess.run(
-            [BIN / "bigtrain", "ckpt", "verify", self.folder],
-            cwd=self.cwd,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
     def assert_told(self, *words: str) -> None:
         """The launcher ended with one error, which has these words, and nobody saw a traceback."""
         assert self.process.returncode != 0
@@ -264,7 +270,7 @@ class Bench:
         for override in overrides:
             if override.startswith("run.dir="):
                 folder = override.removeprefix("run.dir=")
-        return Run(process, self.mark, self.path, self.path / folder, out, err)
+        return Run(self.path, self.path / folder, process, self.mark, out, err)
 
     def launch(self, *overrides: str, code: int | None = 0, **options: Any) -> Run:
         """Start a run, wait for its end, and check its exit code (None: any but 0)."""

@@ -1,0 +1,322 @@
+"""Scripts of Slurm jobs, as text: golden files, and what stands in slurm/."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+from unit_helpers import ROOT, assert_explained, load_text
+
+from bigtrain.cli import app
+from bigtrain.errors import ConfigError, LaunchError
+from bigtrain.launch.outcome import Ended
+from bigtrain.launch.requeue import UNFINISHED, queue_again
+from bigtrain.launch.slurm import (
+    Script,
+    allocation_of,
+    combinations,
+    make_submission,
+    measured_lead,
+    render,
+    seconds_of,
+)
+from bigtrain.launch.slurm_commands import job_facts, queued_jobs
+from bigtrain.launch.submit import submit
+
+GOLDEN = ROOT / "tests" / "golden" / "slurm"
+RENDERED = sorted((ROOT / "slurm").glob("*.sh"))
+BASE = "run: {dir: runs/try}\nparallel: {dp: 4}\n"
+
+CASES = {
+    "plain": BASE,
+    "everything": """
+run: {dir: "runs/my try"}
+parallel: {dp: 16}
+launch:
+  nodes: 4
+  slurm:
+    account: proj#1
+    partition: gpu,big
+    qos: high
+    time: "1-12:00:00"
+    gpus_per_node: 4
+    cpus_per_node: 32
+    mem: 200G
+    exclusive: true
+    constraint: a100|h100
+    exclude: n[3-4]
+    reservation: course
+    job_name: the big one
+    signal_seconds: 600
+    requeue: false
+    after: afterok:12
+    setup: [module load cuda/12, source ~/venv/bin/activate]
+    options: [--mail-type=END, --nice=5]
+""",
+    "sweep": BASE
+    + """
+launch:
+  slurm:
+    sweep: {optimizer.lr: [0.001, 3.0e-4], run.seed: [0, 1], data.cache_dir: ["it's", null]}
+    sweep_at_once: 2
+""",
+    "elastic": """
+run: {dir: runs/try}
+launch: {nodes: "2:4", processes: 8, slurm: {cpus_per_node: 16}}
+""",
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_script_is_the_golden_one(name: str, tmp_path: Path) -> None:
+    config = load_text(tmp_path, CASES[name])
+    script = Script("config.yaml", "runs/try/slurm/config.yaml", "/home/me", ("bigtrain 1",), 75)
+    text = render(config, script)
+    golden = GOLDEN / f"{name}.sh"
+    if os.environ.get("BIGTRAIN_UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+    checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize("path", RENDERED, ids=lambda path: path.name)
+def test_slurm_folder_holds_what_is_rendered(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a change: bigtrain launch configs/NAME.yaml --slurm --dry-run > slurm/NAME.sh."""
+    monkeypatch.chdir(ROOT)
+    done = CliRunner().invoke(
+        app, ["launch", f"configs/{path.stem}.yaml", "--slurm", "--dry-run"], catch_exceptions=False
+    )
+    assert done.stdout == path.read_text()
+
+
+def test_every_config_with_a_slurm_section_is_rendered() -> None:
+    wanted = {
+        path.stem for path in (ROOT / "configs").glob("*.yaml") if "\n  slurm:" in path.read_text()
+    }
+    assert wanted
+    assert {path.stem for path in RENDERED} == wanted
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("1:30:00", 5400),
+        ("2-0", 172800),
+        ("1-2:03", 93780),
+        ("1-2:03:04", 93784),
+    ],
+)
+def test_times_as_slurm_reads_them(time: str, seconds: int) -> None:
+    assert seconds_of(time) == seconds
+
+
+def test_no_time_is_left_for_the_run(tmp_path: Path) -> None:
+    config = load_text(tmp_path, BASE + "launch: {slurm: {time: 1}}")
+    with pytest.raises(LaunchError) as caught:
+        render(config, Script("c", "c"))
+    assert_explained(caught.value, "60 s", "120 s", "signal_seconds")
+
+
+def test_lead_goes_by_what_was_measured() -> None:
+    assert measured_lead(save_seconds=100, step_seconds=7) == 237
+
+
+def test_ranks_that_nothing_tells_of(tmp_path: Path) -> None:
+    config = load_text(tmp_path, "run: {dir: here}\n")
+    with pytest.raises(LaunchError) as caught:
+        allocation_of(config)
+    assert_explained(caught.value, "gpus_per_node", "launch.processes")
+
+
+@pytest.mark.parametrize(
+    ("launch", "ranks"),
+    [
+        ("{slurm: {gpus_per_node: 8}, nodes: 2}", 16),
+        ("{slurm: {cpus_per_node: 6}}", 6),
+        ("{processes: 3, nodes: 2}", 6),
+        ('{processes: 4, nodes: "1:2"}', 8),
+    ],
+)
+def test_ranks_of_a_job(launch: str, ranks: int, tmp_path: Path) -> None:
+    config = load_text(tmp_path, f"train: {{global_batch: 48}}\nlaunch: {launch}\n")
+    assert make_submission(config).num_ranks == ranks
+
+
+@pytest.mark.parametrize(
+    ("slurm", "word"),
+    [
+        ("{time: tomorrow}", "a time as Slurm writes it"),
+        ("{time: -1}", "a time as Slurm writes it"),
+        ('{account: "a\\nb"}', "in one line"),
+        ('{partition: ""}', "not empty"),
+        ("{options: [hold]}", "an option of sbatch"),
+        ('{setup: ["a\\nb"]}', "in one line"),
+        ("{sweep: {train.steps: []}}", "at least 1 item"),
+        ("{partitoin: gpu}", "did you mean launch.slurm.partition?"),
+        ("{gpus_per_node: 0}", "at least 1"),
+        ("7", "not a mapping"),
+    ],
+)
+def test_bad_values_are_told(slurm: str, word: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_text(tmp_path, f"launch: {{slurm: {slurm}}}\n")
+    assert word in str(caught.value)
+    assert "config.yaml:1:" in str(caught.value)
+
+
+@pytest.mark.parametrize("nodes", ["4:2", "0:2", "'2:'", "two", "-1", "2.0", "1:2:3"])
+def test_bad_numbers_of_nodes(nodes: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="like 2:4"):
+        load_text(tmp_path, f"launch: {{nodes: {nodes}}}\n")
+
+
+def test_sweep_is_every_combination(tmp_path: Path) -> None:
+    rows = combinations(load_text(tmp_path, CASES["sweep"]))
+    assert len(rows) == 8
+    assert rows[0] == [
+        "optimizer.lr=0.001",
+        "run.seed=0",
+        "data.cache_dir=it's",
+        "run.dir=runs/try/0",
+    ]
+    config = load_text(tmp_path, CASES["sweep"], *rows[0])
+    assert config.data.cache_dir == "it's"
+
+
+# -- Slurm, played by a function ---------------------------------------------------------------
+
+
+class FakeSlurm:
+    """Answers commands, and remembers them."""
+
+    def __init__(self, **answers: str | LaunchError) -> None:
+        self.answers = {"squeue": "", "sbatch": "17\n", "scancel": "", **answers}
+        self.asked: list[list[str]] = []
+
+    def __call__(self, command: object) -> str:
+        words = list(command)  # type: ignore[call-overload]
+        self.asked.append(words)
+        answer = self.answers[words[0]]
+        if isinstance(answer, LaunchError):
+            raise answer
+        return answer
+
+
+def test_submission_freezes_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_text(tmp_path, BASE)
+    slurm = FakeSlurm(sbatch="17;cluster\n")
+    done = submit(config, "config.yaml", resume=False, restart=False, ask=slurm)
+    assert done.numbers == ("17",)
+    assert slurm.asked[-1] == ["sbatch", "--parsable", "runs/try/slurm/job.sh"]
+    text = (tmp_path / "runs/try/slurm/job.sh").read_text()
+    assert f"#SBATCH --chdir={tmp_path}\n" in text
+    assert f"#SBATCH --comment=bigtrain:{tmp_path}/runs/try\n" in text
+    assert not (tmp_path / "runs/try/config.next.yaml").exists()
+    frozen = (tmp_path / "runs/try/slurm/config.yaml").read_text()
+    assert load_text(tmp_path, frozen) == config
+
+
+def test_lead_of_the_next_job_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/try").mkdir(parents=True)
+    (tmp_path / "runs/try/metrics.jsonl").write_text(
+        '{"step": 1, "items": 100, "items_per_second": 10.0}\n'
+        '{"step": 1, "save_seconds": 60.5}\n{"st'
+    )
+    config = load_text(tmp_path, BASE)
+    submit(config, "config.yaml", resume=True, restart=False, ask=FakeSlurm())
+    assert "--signal=B:USR1@161\n" in (tmp_path / "runs/try/slurm/job.sh").read_text()
+
+
+def test_a_run_that_is_queued_is_not_submitted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = f"17|17|PENDING|0:00|1:00|2|Priority|bigtrain:{tmp_path}/runs/try\n"
+    with pytest.raises(LaunchError) as caught:
+        submit(
+            load_text(tmp_path, BASE),
+            "config.yaml",
+            resume=False,
+            restart=False,
+            ask=FakeSlurm(squeue=line),
+        )
+    assert_explained(caught.value, "job 17", "pending", "bigtrain jobs cancel 17")
+
+
+def test_a_chain_that_breaks_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    class Full(FakeSlurm):
+        def __call__(self, command: object) -> str:
+            if sum(words[0] == "sbatch" for words in self.asked) == 2:
+                self.answers["sbatch"] = LaunchError("the queue is full")
+            return super().__call__(command)
+
+    slurm = Full()
+    config = load_text(tmp_path, BASE + "launch: {slurm: {chain: 3}}")
+    with pytest.raises(LaunchError, match="the queue is full"):
+        submit(config, "config.yaml", resume=False, restart=False, ask=slurm)
+    assert slurm.asked[2][2:4] == ["--dependency=afternotok:17", "--kill-on-invalid-dep=yes"]
+    assert slurm.asked[-2:] == [["scancel", "17"], ["scancel", "17"]]
+
+
+def test_other_jobs_are_not_ours() -> None:
+    lines = (
+        "9|9|RUNNING|1:00|2:00|1|None|(null)\n"
+        "nonsense\n"
+        "17_[2-3%2]|17|PENDING|0:00|1:00|2|Priority|bigtrain:/home/me/a|b\n"
+        "8|8|RUNNING|0:01|1:00|2|None|bigtrain:/x\n"
+    )
+    found = queued_jobs(FakeSlurm(squeue=lines))
+    assert [(job.number, job.array, job.folder) for job in found] == [
+        ("8", "8", "/x"),
+        ("17_[2-3%2]", "17", "/home/me/a|b"),
+    ]
+
+
+def test_facts_of_a_job() -> None:
+    line = (
+        "JobId=17 JobName=a b Requeue=1 Restarts=0 JobState=RUNNING Reason=None "
+        "StdOut=/tmp/a b/17.out Power=\n"
+    )
+    facts = job_facts("17", FakeSlurm(scontrol=line))
+    assert (facts["JobName"], facts["StdOut"], facts["Power"]) == ("a b", "/tmp/a b/17.out", "")
+
+
+@pytest.mark.parametrize(
+    ("ended", "facts", "stepped", "code", "requeued"),
+    [
+        (Ended(143, "stopped", 10), "Requeue=1 JobId=17", True, UNFINISHED, True),
+        (Ended(143, "stopped", 10), "Requeue=0 JobId=17", True, UNFINISHED, False),
+        (Ended(143, "stopped", 10), "Requeue=1 JobId=17", False, 143, False),
+        (Ended(143, "stopped", 15), "Requeue=1 PreemptTime=None", True, 143, False),
+        (Ended(143, "stopped", 15), "Requeue=1 PreemptTime=2026-11-24", True, UNFINISHED, True),
+        (Ended(1, "gone", None, ["n2"]), "Requeue=1 JobId=17", True, UNFINISHED, True),
+        (Ended(1, "a bug", None), "Requeue=1 JobId=17", True, 1, False),
+    ],
+)
+def test_which_ends_queue_up_again(
+    ended: Ended, facts: str, stepped: bool, code: int, requeued: bool
+) -> None:
+    slurm = FakeSlurm(scontrol=facts)
+    told: list[str] = []
+    error = queue_again(ended, {"SLURM_JOB_ID": "17"}, stepped, told.append, slurm)
+    assert error.exit_code == code
+    assert (["scontrol", "requeue", "17"] in slurm.asked) == requeued
+    assert bool(told) == (code == UNFINISHED or not stepped)
+
+
+def test_slurm_that_does_not_answer_at_the_end() -> None:
+    told: list[str] = []
+    slurm = FakeSlurm(scontrol=LaunchError("no answer"))
+    ended = Ended(143, "stopped", 10)
+    assert queue_again(ended, {"SLURM_JOB_ID": "17"}, True, told.append, slurm) is ended
+    assert "could not be requeued: no answer" in told[0]
