@@ -78,6 +78,10 @@ def launch(
         if plan.start == "sbatch":
             _check_sweep(read, config, overrides, plan.num_ranks)
             raise typer.Exit(_submit(read, plan, config, resume, restart, follow, dry_run))
+        if plan.start == "mpiexec":
+            options = ["--resume"] * resume + ["--restart"] * restart
+            _start_by_mpi(read, plan, [config, *(overrides or []), *options], dry_run)
+            return
         if follow:
             raise BigtrainError("--follow is for Slurm jobs", mend="give --slurm as well")
         if dry_run:
@@ -102,6 +106,28 @@ def _be_a_rank(config: str, overrides: list[str] | None, resume: bool, restart: 
 
     options = ["--resume"] * resume + ["--restart"] * restart
     exit_now(main([config, *(overrides or []), *options]))
+
+
+def _start_by_mpi(config: Config, plan: Plan, words: list[str], dry_run: bool) -> None:
+    """Become mpiexec, whose ranks do all the rest; or tell what would be."""
+    import shlex
+
+    from bigtrain.launch.lead import mpi_command
+
+    command = mpi_command(config, plan, words)
+    if dry_run:
+        typer.echo(f"{plan}\ncommand  {shlex.join(command)}")
+        return
+    _say(str(plan))
+    os.environ.update(config.launch.env)
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        raise BigtrainError(
+            f"could not start {command[0]}",
+            why=str(error),
+            mend="install an MPI (pip install mpich), or set launch.mpi.command",
+        ) from error
 
 
 def _submit(

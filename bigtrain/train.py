@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from bigtrain.comm.started import adopt
+from bigtrain.errors import Stopped
 from bigtrain.lifetime import StopRequest, die_with_launcher, report_failure, report_success
 
 
@@ -34,10 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         run(options.config, options.overrides, options.resume, options.restart, stop)
         report_success()
+        if started is not None:
+            started.finish()
         return 0
     except BaseException as error:  # also SystemExit of the user's code: nobody leaves silently
         code = report_failure(error)
-        if started is not None and started.abort is not None:
+        if started is not None and isinstance(error, Stopped):
+            started.finish()
+        elif started is not None:
             started.abort(code)  # MPI would wait for this rank for ever
         return code
 

@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import shlex
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from bigtrain.config.load import dump
@@ -90,6 +92,15 @@ def _has_stepped(folder: RunFolder, began: float, at: int) -> bool:
         if folder.metrics.stat().st_mtime >= began - 2.0:  # clocks of file servers differ
             return int(json.loads(last_line(folder.metrics))["step"]) > at
     return False
+
+
+def mpi_command(config: Config, plan: Plan, words: Sequence[str]) -> list[str]:
+    """Return the command that starts all ranks by MPI; `words` are those of a rank's command."""
+    assert config.launch.mpi is not None
+    mpi = config.launch.mpi
+    count = str(plan.num_ranks)
+    rank = [sys.executable, "-m", "bigtrain.train", *words]
+    return [*mpi.command, "-n", count, *mpi.options, *rank]
 
 
 def dry_lines(config: Config, plan: Plan, resume: bool) -> list[str]:

@@ -15,7 +15,7 @@ from bigtrain.errors import LaunchError
 from bigtrain.machine import num_cores, num_gpus
 from bigtrain.slurm_lists import counts_per_node, node_names
 
-Start = Literal["here", "srun", "ssh", "sbatch"]
+Start = Literal["here", "srun", "ssh", "mpiexec", "sbatch"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Plan:
         ranks = f"{self.num_ranks} rank{'s' * (self.num_ranks > 1)}"
         if self.start == "here":
             return f"{self.found}: {ranks} here"
+        if self.start == "mpiexec":
+            return f"{self.found}: {ranks}, started by mpiexec where its options say"
         each = f"{self.ranks_per_node} on each of {len(self.nodes)} nodes"
         if self.start == "sbatch":  # which ones, Slurm will say
             return f"{self.found}: {ranks}, {each}"
@@ -116,6 +118,8 @@ def make_plan(
     Raises:
         LaunchError: what is asked for and what is there differ; the arithmetic is shown.
     """
+    if config.launch.mpi is not None:
+        return _by_mpi(config, env, allocation)
     hosts = tuple(hosts or config.launch.hosts or ())
     if hosts:
         return _on(config, env, f"{len(hosts)} hosts", "ssh", hosts, None)
@@ -133,6 +137,15 @@ def make_plan(
             "launch.nodes=1",
         )
     return _on(config, env, "this machine", "here", ("localhost",), None)
+
+
+def _by_mpi(config: Config, env: Mapping[str, str], allocation: Allocation | None) -> Plan:
+    """Return the plan of ranks that MPI places: how many there are is all that we say."""
+    nodes = allocation.nodes if allocation else ("localhost",)
+    _, asked = config.launch.node_range or (len(nodes), len(nodes))
+    each = ranks_per_node(config, env, asked, allocation)
+    places = nodes if len(nodes) == asked else tuple(f"node {i}" for i in range(asked))
+    return Plan("MPI", "mpiexec", places, each, asked)
 
 
 def _on(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,6 +105,19 @@ def _local_store(world: World, timeout: datetime.timedelta) -> dist.Store | None
     return dist.PrefixStore("bigtrain", store)
 
 
+def _abort_on_error(abort: Callable[[int], None]) -> None:
+    """Have an exception that nobody catches end all ranks: MPI would wait for this one for ever."""
+    plain = sys.excepthook
+
+    def hook(*about: Any) -> None:
+        plain(*about)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        abort(1)
+
+    sys.excepthook = hook
+
+
 def leave() -> None:
     """Leave the world, if this process joined one."""
     if dist.is_initialized():
@@ -121,7 +137,9 @@ def init(
         LaunchError: the environment makes no sense, or the layout is for another world size.
         CommError: not all ranks came in time.
     """
-    adopt()
+    started = adopt()
+    if started is not None and started.by == "mpiexec":
+        _abort_on_error(started.abort)
     world = read_world()
     chosen = choose_device(device, world)
     if chosen.type == "cuda":

@@ -28,12 +28,17 @@ _OF_A_TASK = (
 _SIOCGIFADDR = 0x8915
 
 
+def _nothing(*_: int) -> None:
+    """The starter sees by itself."""
+
+
 @dataclass(frozen=True)
 class Started:
-    """Who has started this rank, and what it wants to be told when the rank fails."""
+    """Who has started this rank, and what it wants to be told at the end."""
 
     by: Starter
-    abort: Callable[[int], None] | None = None
+    abort: Callable[[int], None] = _nothing  # this rank fails alone, with that exit code
+    finish: Callable[[], None] = _nothing  # all ranks end; waits for them
 
 
 def starter_of(env: Mapping[str, str] = os.environ) -> Starter | None:
@@ -122,6 +127,13 @@ def _adopt_mpi(env: MutableMapping[str, str]) -> Started:
             mend="pip install 'bigtrain[mpi]', or start ranks with torchrun or srun",
         ) from error
     comm = MPI.COMM_WORLD
+    said = max(_count(env, name) for name in _MPI_SIZES)
+    if comm.size != said:
+        raise LaunchError(
+            f"mpiexec has started {said} processes, but mpi4py knows of {comm.size}",
+            why=f"they are of different MPIs; mpi4py uses {MPI.Get_library_version().strip()[:60]}",
+            mend="start it with the mpiexec of that MPI, or build mpi4py for the other one",
+        )
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
     first_of_node = local.bcast(comm.rank)
     firsts = sorted(set(comm.allgather(first_of_node)))
@@ -145,7 +157,12 @@ def _adopt_mpi(env: MutableMapping[str, str]) -> Started:
         MASTER_PORT=str(port),
         BIGTRAIN_STORE_FD=str(descriptor),
     )
-    return Started("mpiexec", comm.Abort)
+
+    def finish() -> None:
+        comm.Barrier()  # mpiexec would end the others when the first one leaves
+        MPI.Finalize()
+
+    return Started("mpiexec", comm.Abort, finish)
 
 
 def interface_towards(address: str) -> str | None:

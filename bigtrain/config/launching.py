@@ -82,6 +82,13 @@ class ContainerSection(Section):
     """More words for `apptainer exec`, or for srun with pyxis."""
 
 
+class MpiSection(Section):
+    command: Annotated[list[Line], Field(min_length=1)] = ["mpiexec"]
+    """What starts processes by MPI; -n and the number of ranks are added."""
+    options: list[Line] = []
+    """More words for it, like -hosts and a,b (MPICH), or --host and a:8,b:8 (Open MPI)."""
+
+
 class SlurmSection(Section):
     account: Line | None = None
     """Whose budget the job is on."""
@@ -149,6 +156,8 @@ class LaunchSection(Section):
     """Environment variables for all ranks."""
     container: ContainerSection | None = None
     """The image that ranks run in. Empty: none."""
+    mpi: MpiSection | None = None
+    """Start ranks by MPI. Empty: bigtrain starts them itself."""
     slurm: SlurmSection | None = None
     """What a Slurm job of this run asks for. Empty: it is no job, unless --slurm is given."""
 

@@ -1,0 +1,132 @@
+"""Ranks that mpiexec starts: they find each other, end together, and carry bytes by MPI."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import BIN, SLOW, Bench, wait_for
+
+pytest.importorskip("mpi4py")
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(not shutil.which("mpiexec", path=str(BIN)), reason="there is no mpiexec"),
+]
+MPI = ("mpiexec", "-n", "2", str(BIN / "bigtrain"), "launch")
+
+
+def test_a_run(bench: Bench) -> None:
+    run = bench.launch("parallel.dp=auto", command=MPI)
+    alone = bench.launch("parallel.dp=2", "run.dir=alone")
+    assert run.losses() == alone.losses()
+    assert "loss curve   run/loss.png" in run.out, "mpiexec let rank 0 end its work"
+
+
+def test_a_world_of_another_size(bench: Bench) -> None:
+    run = bench.launch("parallel.dp=3", command=MPI, code=None)
+    assert "the world has 2 ranks" in run.err + run.out
+    assert not (run.folder / "config.yaml").exists()
+
+
+def test_a_rank_that_fails_ends_all(bench: Bench) -> None:
+    fails = ("model.factory=parts:model", "model.args={fail_at: [1, 3]}")
+    run = bench.launch(*fails, "parallel.dp=2", command=MPI, code=1)
+    assert "the model of rank 1 has had enough" in run.err
+
+
+def test_a_signal_saves(bench: Bench) -> None:
+    run = bench.start(*SLOW, "train.steps=400", command=MPI)
+    run.wait_step(3)
+    run.send(signal.SIGTERM)
+    assert run.wait() != 0
+    run.wait_gone()
+    assert run.checkpoints() == [f"step-{len(run.losses()):08}"]
+    steps = len(run.losses()) + 2
+    resumed = bench.launch(*SLOW, f"train.steps={steps}", command=MPI, resume=True)
+    assert len(resumed.losses()) == steps
+
+
+def test_mpi_by_the_config(bench: Bench) -> None:
+    overrides = ("parallel.dp=2", f"launch.mpi.command=[{BIN / 'mpiexec'}]")
+    told = bench.launch(*overrides, "--dry-run")
+    assert "MPI: 2 ranks, started by mpiexec" in told.out
+    assert " -n 2 " in told.out
+    run = bench.launch(*overrides)
+    assert len(run.losses()) == 8
+
+
+def test_no_such_mpiexec(bench: Bench) -> None:
+    run = bench.launch("launch.mpi.command=[nowhere/mpiexec]", code=1)
+    run.assert_told("could not start nowhere/mpiexec", "launch.mpi.command")
+
+
+def test_processes_of_another_mpi(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would be alone in a world of its own, all training into one folder."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    run = bench.launch("parallel.dp=auto", code=1)
+    told = "mpiexec has started 4 processes, but mpi4py knows of 1"
+    assert told in run.err
+
+
+OWN_LOOP = """
+import sys
+import torch
+from bigtrain import init
+from bigtrain.comm.transport import GroupTransport, MpiTransport
+mesh = init()
+axis = mesh.world
+if "fail" in sys.argv and axis.rank == 1:
+    raise ValueError("enough")
+for size in (0, 1, 1000, 1 << 20):
+    outgoing = [
+        torch.randint(256, (size + 3 * to + axis.rank,), dtype=torch.uint8) for to in axis.ranks
+    ]
+    found = []
+    for transport in (GroupTransport(axis), MpiTransport(axis, timeout_seconds=20)):
+        incoming = [
+            torch.empty(size + 3 * axis.rank + of, dtype=torch.uint8) for of in axis.ranks
+        ]
+        twice = [transport.exchange(outgoing, incoming, "bytes") for _ in range(2)]
+        for pending in twice:
+            pending.wait()
+        found.append(incoming)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    assert torch.equal(found[1][axis.rank], outgoing[axis.rank])
+print("equal")
+"""
+
+
+def own_loop(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    (folder / "loop.py").write_text(OWN_LOOP)
+    return subprocess.run(
+        [BIN / "mpiexec", "-n", "3", sys.executable, "loop.py", *words],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_bytes_by_mpi_and_by_the_group_are_the_same(tmp_path: Path) -> None:
+    done = own_loop(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 3
+
+
+def test_an_own_loop_that_fails_on_one_rank_ends(tmp_path: Path) -> None:
+    done = own_loop(tmp_path, "fail")
+    assert done.returncode != 0
+    assert "ValueError: enough" in done.stderr
+
+
+def test_nothing_is_left(bench: Bench) -> None:
+    run = bench.start(*SLOW, "train.steps=400", command=MPI)
+    run.wait_step(2)
+    run.process.kill()
+    wait_for("all to end with mpiexec", lambda: not run.ranks(), 20)
