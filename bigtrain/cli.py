@@ -236,7 +236,53 @@ def convert(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(help="YAML file of a run that is meant to go there")
+    ] = None,
+    hosts: Annotated[str, typer.Option(help="Machines to examine by ssh, like a,b.")] = "",
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="By default one for each GPU, without GPUs one.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure less, and less exactly.")] = False,
+) -> None:
+    """Tell what is wrong with this machine, or with all nodes of a Slurm job or of --hosts.
+
+    Versions, clocks, room, kernels, devices, files, and every link between two nodes. The exit code
+    is 1 if anything is wrong.
+    """
+    from pathlib import Path
+
+    from bigtrain.comm.started import starter_of
+    from bigtrain.config.load import load_config
+    from bigtrain.config.schema import Config
+    from bigtrain.doctor.findings import findings
+    from bigtrain.doctor.report import report_lines
+    from bigtrain.launch.doctor import examine, plan_of
+    from bigtrain.launch.plan import find_allocation, find_hosts
+
+    if (starter := starter_of()) is not None:
+        raise BigtrainError(
+            f"{starter} has started this as one of several ranks",
+            why="doctor starts the ranks that it needs on all nodes itself",
+            mend=f"call it once, without {starter}: in salloc, or in the script of a job",
+        )
+    names = find_hosts(hosts)
+    read = load_config(config) if config is not None else Config()
+    read, plan = plan_of(read, find_allocation(os.environ), names, ranks_per_node)
+    if len(plan.nodes) == 1 and plan.start == "here":
+        _describe_machine()
+    else:
+        _say(str(plan))
+    beside = Path(read.run.dir).parent if config is not None else Path.cwd()
+    measured = examine(read, plan, beside, quick)
+    found = findings(measured)
+    for line in report_lines(measured, found):
+        typer.echo(line)
+    raise typer.Exit(1 if found else 0)
+
+
+def _describe_machine() -> None:
     """Tell what this machine has, and who does each operation here: a kernel, or torch."""
     import logging
 
@@ -245,6 +291,7 @@ def doctor() -> None:
     logging.getLogger("bigtrain").addHandler(logging.NullHandler())  # the report says it all
     for line in doctor_lines():
         typer.echo(line)
+    typer.echo("")
 
 
 @jobs.callback(invoke_without_command=True)
@@ -278,6 +325,18 @@ def jobs_cancel(
     for one in which:
         for line in cancel(one):
             typer.echo(line)
+
+
+@app.command()
+def logs(
+    run: Annotated[str, typer.Argument(help="a run folder")],
+    follow: Annotated[bool, typer.Option("--follow", help="Go on with what comes.")] = False,
+) -> None:
+    """Show the logs of all ranks as one; what several ranks say, once."""
+    from bigtrain.launch.logs import show_logs
+
+    with contextlib.suppress(KeyboardInterrupt):
+        show_logs(run, typer.echo, follow)
 
 
 @app.command()

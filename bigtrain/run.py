@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from bigtrain.binding import bind, is_bound
 from bigtrain.checkpoint.manifest import checkpoint_name
 from bigtrain.comm.collectives import together
 from bigtrain.comm.init import choose_device, join, leave, set_timeout
 from bigtrain.comm.mesh import Mesh
+from bigtrain.comm.started import restart_warning
 from bigtrain.comm.world import World, read_world
 from bigtrain.config.check import describe_schedule, layout_of
 from bigtrain.config.load import load_config
@@ -59,6 +61,8 @@ def run(
         trainer = Trainer(config, mesh, folder.checkpoints, stop_requested=lambda: stop.signal)
         source = trainer.resume() if resume else None
         _announce(trainer, source, resume)
+        if warning := restart_warning():
+            log.warning(warning)
         together(lambda: _begin(trainer, folder), mesh.world, "start of the loop")
         set_timeout(config.parallel.timeout_seconds)
         stop.finishing = True  # from here on, a signal lets the step end and saves first
@@ -71,7 +75,11 @@ def run(
 
 
 def _configure_torch(config: Config, world: World, device: torch.device) -> None:
-    torch.set_num_threads(threads_per_rank(config.launch.threads_per_rank, world.local_world_size))
+    own = is_bound(os.environ)  # then the processors that we see are this rank's alone
+    sharers = 1 if own else world.local_world_size
+    torch.set_num_threads(threads_per_rank(config.launch.threads_per_rank, sharers))
+    if config.launch.bind == "auto" and not own:
+        bind(world.local_rank, world.local_world_size)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -14,8 +14,10 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
+from bigtrain.doctor.facts import facts_of
 from bigtrain.errors import LaunchError
 
 from .job import Job, Meeting
@@ -57,7 +59,7 @@ def _connect(call: dict[str, Any]) -> Line:
             continue
         try:
             name = call.get("name") or os.environ.get("SLURMD_NODENAME", socket.gethostname())
-            line.say(secret=call["secret"], name=name, host=socket.gethostname(), pid=os.getpid())
+            line.say(secret=call["secret"], name=name, facts=facts_of(Path(call["folder"])))
         except Lost as lost:
             tried.append(f"{address}:{call['port']} {lost}")
             continue

@@ -19,8 +19,9 @@ from .job import Job, Meeting
 from .local import LocalTeam
 from .outcome import Ended, last_line
 from .plan import Plan, smaller
-from .remote import RemoteTeam, starters
+from .remote import RemoteTeam
 from .requeue import queue_again
+from .starters import starters
 from .watch import Team, run_team, stderr_line
 
 
@@ -40,15 +41,9 @@ def make_job(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> Job
 
 def make_team(config: Config, plan: Plan, job: Job) -> Team:
     """Return the ranks of the plan, which do not run yet."""
-    if plan.start == "here":
+    if plan.start == "here" and config.launch.container is None:
         return LocalTeam(job)
-    return RemoteTeam(
-        job,
-        plan,
-        ssh=config.launch.ssh,
-        join_seconds=config.launch.join_seconds,
-        silence_seconds=config.launch.silence_seconds,
-    )
+    return RemoteTeam(job, plan, config.launch, stderr_line)
 
 
 def lead(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> int:
@@ -107,8 +102,8 @@ def dry_lines(config: Config, plan: Plan, resume: bool) -> list[str]:
     """Return what `lead` would do: the plan, the commands, the environment of rank 0."""
     job = make_job(config, plan, RunFolder(Path(config.run.dir)), resume)
     lines = [str(plan)]
-    if plan.start != "here":
-        for command in starters(plan, config.launch.ssh, os.environ):
+    if plan.start != "here" or config.launch.container is not None:
+        for command in starters(plan, config.launch, os.environ, os.getcwd()):
             lines.append(f"starts   {shlex.join(command)}")
     lines.append(f"command  {shlex.join(job.command())}")
     env = job.environment(0, Meeting(plan.nodes[0], 0, -1), -1, {})

@@ -114,15 +114,19 @@ def _named(ranks: Sequence[Rank]) -> str:
     """Return "rank 3 on n2", or "ranks 0-3, 6": what is in a row is shortened."""
     if len(ranks) == 1:
         return ranks[0].who
-    numbers = sorted(rank.rank for rank in ranks)
+    return f"ranks {in_rows([rank.rank for rank in ranks])}"
+
+
+def in_rows(numbers: Sequence[int]) -> str:
+    """Return "0-3, 6" for 0, 1, 2, 3, 6."""
     rows: list[list[int]] = []
-    for number in numbers:
+    for number in sorted(numbers):
         if rows and number == rows[-1][-1] + 1:
             rows[-1].append(number)
         else:
             rows.append([number])
     texts = [f"{row[0]}-{row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in rows]
-    return f"ranks {', '.join(texts)}"
+    return ", ".join(texts)
 
 
 def _blame(rank: Rank) -> tuple[int, float]:

@@ -6,55 +6,26 @@ import contextlib
 import json
 import os
 import secrets
-import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bigtrain.config.launching import LaunchSection
+from bigtrain.doctor.findings import differences
 from bigtrain.errors import LaunchError
 
 from .job import Job
 from .outcome import Ended, Rank, last_lines
-from .plan import Plan, fewest_cores, shortened
+from .plan import Plan, shortened
+from .starters import starters
 from .wire import PULSE_SECONDS, Line, Lost, addresses_towards
 
 _SUSPECT_SECONDS = 4 * PULSE_SECONDS  # of silence, once other ranks have lost their peers
-_AGENT = ("-m", "bigtrain.launch.agent")
-# What agents started over ssh get from here; srun passes the whole environment on.
-_PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "XDG_CACHE_HOME")
-_PREFIXES = ("BIGTRAIN_", "OMP_", "GLOO_", "NCCL_", "CUDA_", "TORCH_", "HF_")
-
-
-def starters(plan: Plan, ssh: Sequence[str], env: Mapping[str, str]) -> list[list[str]]:
-    """Return the commands that start an agent on every node: one of srun, or one of ssh for each.
-
-    Each reads the call of the launcher from its standard input.
-    """
-    agent = [sys.executable, *_AGENT]
-    cores = fewest_cores(env) or 1
-    if plan.start == "srun":
-        count = str(len(plan.nodes))
-        return [
-            [
-                *("srun", "--nodes", count, "--ntasks", count, "--ntasks-per-node", "1"),
-                *("--nodelist", ",".join(plan.nodes)),
-                # All that the job has on a node is for the agent's ranks, which share it out.
-                *("--cpus-per-task", str(cores), "--cpu-bind=none", "--overlap"),
-                *("--kill-on-bad-exit=0", "--input=all", *agent),
-            ]
-        ]
-    kept = [
-        f"{name}={value}"
-        for name, value in sorted(env.items())
-        if name in _PASSED_ON or name.startswith(_PREFIXES)
-    ]
-    words = shlex.join(["env", *kept, *agent])
-    return [[*ssh, node, words] for node in plan.nodes]
 
 
 @dataclass
@@ -63,6 +34,7 @@ class _Agent:
 
     line: Line
     node: int
+    facts: Mapping[str, Any]  # what the node is, and when that was heard
     port: int | None = None  # that it listens on, for the rendezvous
     gone: bool = False
 
@@ -74,13 +46,10 @@ class RemoteTeam:
         self,
         job: Job,
         plan: Plan,
-        *,
-        ssh: Sequence[str] = ("ssh",),
-        join_seconds: float = 120.0,
-        silence_seconds: float = 30.0,
+        launch: LaunchSection,
+        say: Callable[[str], None],
     ) -> None:
-        self.job, self.plan, self.ssh = job, plan, tuple(ssh)
-        self.join_seconds, self.silence_seconds = join_seconds, silence_seconds
+        self.job, self.plan, self.launch, self.say = job, plan, launch, say
         self.ranks = [
             Rank(rank, name) for node, name in enumerate(plan.nodes) for rank in job.ranks_of(node)
         ]
@@ -102,12 +71,30 @@ class RemoteTeam:
             listener.listen(len(self.plan.nodes) + 16)
             self._call(listener.getsockname()[1])
             self._gather(listener)
+        self._examine()
         head = self._agents[0]
         assert head.port is not None
         # Where there is a network at all, ranks come in by the address that node 0 is known by.
         order = {"address": self._head_address(), "port": head.port, "job": self.job.to_message()}
         for agent in self._agents.values():
             self._say(agent, **order, node=agent.node, name=self.plan.nodes[agent.node])
+
+    def _examine(self) -> None:
+        """Compare what the nodes are, before any rank is started.
+
+        Raises:
+            Ended: they do not run the same code.
+        """
+        agents = [self._agents[node] for node in sorted(self._agents)]
+        found = differences({**a.facts, "name": self.plan.nodes[a.node]} for a in agents)
+        serious = [one for one in found if one.kind in ("versions", "facts")]
+        for one in found:
+            if one not in serious:
+                self.say(f"warning: {one.render()}")
+        if serious:
+            text = "\n".join(one.render() for one in serious)
+            odd = {node for one in serious for node in one.nodes}
+            raise Ended(1, text, None, [node for node in self.plan.nodes if node in odd])
 
     def _head_address(self) -> str:
         return self.plan.nodes[0].rpartition("@")[2]
@@ -119,13 +106,13 @@ class RemoteTeam:
             "port": port,
             "secret": self._secret,
             "folder": os.getcwd(),
-            "silence": self.silence_seconds,
+            "silence": self.launch.silence_seconds,
         }
-        commands = starters(self.plan, self.ssh, os.environ)
+        commands = starters(self.plan, self.launch, os.environ, os.getcwd())
         for number, command in enumerate(commands):
             # srun says it to each of its agents itself.
-            by_ssh = self.plan.start == "ssh"
-            mine: dict[str, Any] = {**call, "name": self.plan.nodes[number]} if by_ssh else call
+            by_srun = self.plan.start == "srun"
+            mine: dict[str, Any] = call if by_srun else {**call, "name": self.plan.nodes[number]}
             try:
                 with open(self._log, "ab") as log:
                     process = subprocess.Popen(
@@ -145,7 +132,7 @@ class RemoteTeam:
 
     def _gather(self, listener: socket.socket) -> None:
         """Return when all nodes have joined and say on what port ranks can meet."""
-        end = time.monotonic() + self.join_seconds
+        end = time.monotonic() + self.launch.join_seconds
         listener.settimeout(0.1)
         strangers: list[Line] = []
         while len([a for a in self._agents.values() if a.port]) < len(self.plan.nodes):
@@ -173,12 +160,16 @@ class RemoteTeam:
         strangers.remove(line)
         first = messages[0]
         node = self.plan.nodes.index(first["name"]) if first.get("name") in self.plan.nodes else -1
-        known = secrets.compare_digest(str(first.get("secret", "")).encode(), self._secret.encode())
+        is_ours = secrets.compare_digest(
+            str(first.get("secret", "")).encode(), self._secret.encode()
+        )
         wanted = set(range(len(self.plan.nodes))) - self._agents.keys()
-        if not known or node not in wanted:
+        if not is_ours or node not in wanted:
             line.close()
             return
-        self._agents[node] = _Agent(line, node)
+        facts = first.get("facts")
+        known = facts if isinstance(facts, dict) else {}
+        self._agents[node] = _Agent(line, node, {**known, "received": time.time()})
         for message in messages[1:]:
             self._agents[node].port = message.get("port")
 
@@ -186,7 +177,7 @@ class RemoteTeam:
         missing = [n for i, n in enumerate(self.plan.nodes) if i not in self._agents]
         missing += [self.plan.nodes[a.node] for a in self._agents.values() if a.gone]
         count = len(self.plan.nodes)
-        why = f"nothing came from them within {self.join_seconds:.0f} s"
+        why = f"nothing came from them within {self.launch.join_seconds:.0f} s"
         if ended:
             why = f"{_name(ended[0])} ended with exit code {ended[0].returncode}"
         return Ended(
@@ -209,7 +200,7 @@ class RemoteTeam:
                 continue
             for message in self._hear(agent):
                 self._take_up(agent, message)
-            silence = _SUSPECT_SECONDS if in_trouble else self.silence_seconds
+            silence = _SUSPECT_SECONDS if in_trouble else self.launch.silence_seconds
             if agent.line.silence > silence:
                 self._lose(agent, f"nothing was heard for {agent.line.silence:.0f} s")
 

@@ -111,8 +111,6 @@ def _abort_on_error(abort: Callable[[int], None]) -> None:
 
     def hook(*about: Any) -> None:
         plain(*about)
-        sys.stdout.flush()
-        sys.stderr.flush()
         abort(1)
 
     sys.excepthook = hook
@@ -138,11 +136,11 @@ def init(
         CommError: not all ranks came in time.
     """
     started = adopt()
-    if started is not None and started.by == "mpiexec":
-        _abort_on_error(started.abort)
     world = read_world()
     chosen = choose_device(device, world)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     join(world, chosen, timeout_seconds)
+    if started is not None and started.by == "mpiexec":
+        _abort_on_error(started.abort)  # after torch's own hook, which prints only when it is left
     return Mesh.build(layout or Layout(dp=world.world_size), world, chosen)

@@ -9,6 +9,8 @@ import fcntl
 import os
 import socket
 import struct
+import sys
+import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +28,7 @@ _OF_A_TASK = (
     *("SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"),
 )
 _SIOCGIFADDR = 0x8915
+_LAST_WORDS_SECONDS = 0.3  # mpiexec drops what it has not passed on when it is told to abort
 
 
 def _nothing(*_: int) -> None:
@@ -52,6 +55,17 @@ def starter_of(env: Mapping[str, str] = os.environ) -> Starter | None:
     if size > 1 and not (is_task and tasks == size):
         return "mpiexec"
     return "srun" if is_task else None
+
+
+def restart_warning(env: Mapping[str, str] = os.environ) -> str | None:
+    """Return why torchrun's restarts would not come up again, if it is set to restart."""
+    shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not shared or _count(env, "TORCHELASTIC_MAX_RESTARTS") == 0:
+        return None
+    return (
+        "torchrun restarts ranks with the store of the attempt before, whose addresses are gone: "
+        "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+    )
 
 
 def adopt(env: MutableMapping[str, str] = os.environ) -> Started | None:
@@ -158,11 +172,17 @@ def _adopt_mpi(env: MutableMapping[str, str]) -> Started:
         BIGTRAIN_STORE_FD=str(descriptor),
     )
 
+    def abort(code: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(_LAST_WORDS_SECONDS)
+        comm.Abort(code)
+
     def finish() -> None:
         comm.Barrier()  # mpiexec would end the others when the first one leaves
         MPI.Finalize()
 
-    return Started("mpiexec", comm.Abort, finish)
+    return Started("mpiexec", abort, finish)
 
 
 def interface_towards(address: str) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -45,7 +46,7 @@ class VirtualNodes:
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.names = folder, [f"n{i}" for i in range(1, count + 1)]
-        self.switch = f"bt{os.getpid()}"
+        self.switch = f"bt{secrets.token_hex(4)}"
         self.hosts = folder / "hosts"
         self._holders: dict[str, subprocess.Popen[bytes]] = {}
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,16 +18,20 @@ SOURCES = {
 LEVELS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "errors config factory kernels lifetime machine run_folder slurm_lists",
+        "errors binding config factory kernels lifetime machine run_folder slurm_lists",
         "comm ops",
         "tensor pipeline zero onebit server optim",
         "models data checkpoint observe export plan",
-        "parallelize compose engines trainer train run",
+        "parallelize compose engines trainer train run doctor",
     )
 )
 OUTSIDE = frozenset({"launch", "cli", ""})  # "" is bigtrain/__init__.py
 KNOWN = frozenset.union(OUTSIDE, *LEVELS)
 PURE = (  # files of higher levels that belong to level 0: all may import them, they no torch
+    "bigtrain.doctor.facts",
+    "bigtrain.doctor.findings",
+    "bigtrain.doctor.measured",
+    "bigtrain.doctor.report",
     "bigtrain.pipeline.closed_form",
     "bigtrain.pipeline.columns",
     "bigtrain.pipeline.draw",

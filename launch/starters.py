@@ -1,0 +1,86 @@
+"""The commands that start an agent on every node: by srun, by ssh, in a container."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+
+from bigtrain.config.launching import ContainerSection, LaunchSection
+from bigtrain.errors import LaunchError
+
+from .plan import Plan, fewest_cores
+
+_AGENT = ("-m", "bigtrain.launch.agent")
+# What agents started over ssh get from here; srun passes the whole environment on.
+_PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "XDG_CACHE_HOME")
+_PREFIXES = ("BIGTRAIN_", "OMP_", "GLOO_", "NCCL_", "CUDA_", "TORCH_", "HF_")
+
+
+def starters(
+    plan: Plan, launch: LaunchSection, env: Mapping[str, str], folder: str
+) -> list[list[str]]:
+    """Return the commands: one of srun for all nodes, or one for each node.
+
+    Each reads the call of the launcher from its standard input. folder: where we are, which is seen
+    in containers too.
+
+    Raises:
+        LaunchError: pyxis is wanted where there is no srun.
+    """
+    container = launch.container
+    agent = _in_container(container, folder)
+    if plan.start == "srun":
+        return [[*_srun(plan, env), *_pyxis(container, folder), *agent]]
+    if container is not None and container.kind == "pyxis":
+        raise LaunchError(
+            f"launch.container.kind = pyxis, but ranks are started by {plan.start}",
+            why="pyxis is a plugin of Slurm's srun",
+            mend="submit it (bigtrain launch CONFIG --slurm), or set kind: apptainer",
+        )
+    if plan.start == "here":
+        return [agent]
+    kept = [
+        f"{name}={value}"
+        for name, value in sorted(env.items())
+        if name in _PASSED_ON or name.startswith(_PREFIXES)
+    ]
+    words = shlex.join(["env", *kept, *agent])
+    return [[*launch.ssh, node, words] for node in plan.nodes]
+
+
+def _srun(plan: Plan, env: Mapping[str, str]) -> list[str]:
+    count, cores = str(len(plan.nodes)), str(fewest_cores(env) or 1)
+    return [
+        *("srun", "--nodes", count, "--ntasks", count, "--ntasks-per-node", "1"),
+        *("--nodelist", ",".join(plan.nodes)),
+        # All that the job has on a node is for the agent's ranks, which share it out.
+        *("--cpus-per-task", cores, "--cpu-bind=none", "--overlap"),
+        *("--kill-on-bad-exit=0", "--input=all"),
+    ]
+
+
+def _in_container(container: ContainerSection | None, folder: str) -> list[str]:
+    if container is None:
+        return [sys.executable, *_AGENT]
+    agent = [container.python, *_AGENT]
+    if container.kind == "pyxis":
+        return agent
+    mounts = [word for mount in (folder, *container.mounts) for word in ("--bind", mount)]
+    return [
+        # --nv is for GPUs; where there are none, it says so and goes on.
+        *("apptainer", "exec", "--nv", "--pwd", folder, *mounts),
+        *(*container.options, container.image, *agent),
+    ]
+
+
+def _pyxis(container: ContainerSection | None, folder: str) -> Sequence[str]:
+    if container is None or container.kind != "pyxis":
+        return ()
+    mounts = ",".join([folder, *container.mounts])
+    return (
+        f"--container-image={container.image}",
+        f"--container-mounts={mounts}",
+        f"--container-workdir={folder}",
+        *container.options,
+    )
