@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from bigtrain.run_folder import RunFolder
 from .outcome import in_rows
 
 _POLL_SECONDS = 0.3
+_OWN = re.compile(r"[\d,.]+ \S+/s|[\d:]+ left|^rank \d+")
 
 
 def find_logs(run: str) -> dict[int, Path]:
@@ -37,20 +39,31 @@ def find_logs(run: str) -> dict[int, Path]:
 
 
 def merged(lines: Mapping[int, Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of all ranks, each rank's in order; neighbours that are the same, once."""
-    left = {rank: list(reversed(own)) for rank, own in sorted(lines.items())}
-    while left := {rank: own for rank, own in left.items() if own}:
-        text = left[min(left)][-1]
-        # What others have to say before they come to that line goes first.
-        saying = [rank for rank, own in left.items() if own[-1] == text]
-        for rank, own in left.items():
-            if rank not in saying and text in own:
-                while own[-1] != text:
-                    yield f"{_named([rank])} | {own.pop()}"
+    """Yield the lines of all ranks, each rank's in order; what several say, as the first of them.
+
+    Lines that differ only by the speed of their rank are the same.
+    """
+    left = {rank: list(own) for rank, own in sorted(lines.items())}
+    keys = {rank: [_key(line) for line in own] for rank, own in left.items()}
+    at = dict.fromkeys(left, 0)
+    while waiting := [rank for rank in left if at[rank] < len(left[rank])]:
+        first = waiting[0]
+        text, key = left[first][at[first]], keys[first][at[first]]
+        saying = []
+        for rank in waiting:
+            # What others have to say before they come to that line goes first.
+            with contextlib.suppress(ValueError):
+                there = keys[rank].index(key, at[rank])
+                for line in left[rank][at[rank] : there]:
+                    yield f"{_named([rank])} | {line}"
+                at[rank] = there + 1
                 saying.append(rank)
-        for rank in saying:
-            left[rank].pop()
         yield f"{_named(saying)} | {text}"
+
+
+def _key(line: str) -> str:
+    """Return what makes a line the same: not the speed of the rank, nor its number."""
+    return _OWN.sub("#", line)
 
 
 def _named(ranks: Sequence[int]) -> str:

@@ -21,6 +21,15 @@ def test_what_is_the_same_is_shown_once() -> None:
     ]
 
 
+def test_the_speed_of_a_rank_is_no_difference() -> None:
+    line = "step 1/8  loss 5.5048  lr 9.66e-04  {} tokens/s  {} left"
+    lines = {0: [line.format("3,514", "0:04")], 1: [line.format("9", "1:10:04")], 2: ["loss 5.5"]}
+    assert list(merged(lines)) == [
+        "ranks 0, 1 | step 1/8  loss 5.5048  lr 9.66e-04  3,514 tokens/s  0:04 left",
+        "rank 2 | loss 5.5",
+    ]
+
+
 def test_nothing_is_lost_and_order_is_kept() -> None:
     lines = {0: ["a", "b", "a"], 1: ["b", "a", "c"], 5: []}
     shown = list(merged(lines))
