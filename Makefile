@@ -1,11 +1,12 @@
 # make run    set up .venv, then train the quickstart (about two minutes)
 # make test   set up .venv, then run all tests
 # make checks lint, types, and the fast tests
+# make slurm  install what the tests of Slurm and of ssh bring up (Debian, as root)
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test checks lint clean
+.PHONY: run test checks lint slurm clean
 run: .venv/.ready
 	$(BIN)/bigtrain launch configs/quickstart.yaml --restart
 
@@ -19,6 +20,11 @@ lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+slurm:
+	apt-get -qq update
+	DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+		slurmctld slurmd slurm-client munge iproute2 openssh-server openssh-client
 
 # constraints.txt pins what is installed; pyproject.toml says what the package needs.
 .venv/.ready: pyproject.toml setup.py constraints.txt
