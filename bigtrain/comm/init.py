@@ -37,6 +37,9 @@ def choose_device(wanted: str, world: World) -> torch.device:
             mend="set run.device=cpu, or install a torch for this machine's CUDA driver",
         )
     count = torch.cuda.device_count()
+    a_task = "SLURM_STEP_NUM_TASKS" in os.environ and "BIGTRAIN_LAUNCHER_PID" not in os.environ
+    if count == 1 and a_task:  # srun --gpus-per-task: it sees its own alone
+        return torch.device("cuda", 0)
     if world.local_world_size > count:
         raise LaunchError(
             f"{world.local_world_size} ranks on this node, but {count} GPUs",

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 from runs import BIN, NOT_PASSED_ON, SLOW, Bench, Run, RunFiles, marked, wait_for
 from virtual_nodes import MANAGER, VirtualNodes, why_no_nodes
@@ -18,6 +19,9 @@ pytestmark = [
 ]
 needs_ssh = pytest.mark.skipif(
     not (shutil.which("sshd") and shutil.which("ssh")), reason="there is no sshd: make slurm"
+)
+needs_mpi = pytest.mark.skipif(
+    not shutil.which("mpiexec", path=str(BIN)), reason="there is no mpiexec"
 )
 LONG = (*SLOW, "train.steps=80", "eval.samples=8", "checkpoint.every=4", "parallel.dp=auto")
 SSHD = """
@@ -175,6 +179,73 @@ def test_a_host_that_does_not_answer(hosts: Hosts, bench: Bench) -> None:
     assert "nowhere" in told
     assert "Traceback" not in told
     wait_for("nothing left", lambda: not marked(bench.mark), 5)
+
+
+@needs_ssh
+def test_a_host_with_other_versions_is_refused_before_the_first_step(
+    hosts: Hosts, bench: Bench, tmp_path: Path
+) -> None:
+    """Its numpy says that it is another one; that host alone sees it so."""
+    [record] = list(Path(numpy.__file__).parents[1].glob("numpy-*.dist-info/METADATA"))
+    changed = tmp_path / "METADATA"
+    changed.write_text(record.read_text().replace(numpy.__version__, "1.0.7"))
+    hosts.run("n2", "mount", "--bind", str(changed), str(record), check=True)
+    batch = ("train.global_batch=6", "parallel.dp=auto")
+    words = ("bigtrain", "launch", "config.yaml", "--hosts", "n1,n2,n3", hosts.ssh)
+    try:
+        run = start(hosts, bench, MANAGER, *words, "launch.processes=1", *batch)
+        assert run.wait(30) == 1, screen(bench, MANAGER)
+        told = screen(bench, MANAGER)
+        assert f"numpy is 1.0.7 on n2; {numpy.__version__} on the others" in told, told
+        assert not list((bench.path / "run" / "logs").glob("rank-*.log")), "a rank was started"
+        may_leave = ("launch.nodes=2:3", "launch.processes=1", *batch)
+        more = start(hosts, bench, MANAGER, *words, *may_leave)
+        assert more.wait(60) == 0, screen(bench, MANAGER)
+        assert "going on with 2 of 3 nodes" in screen(bench, MANAGER)
+    finally:
+        hosts.run("n2", "umount", str(record), check=True)
+
+
+# -- by MPI ------------------------------------------------------------------------------------
+
+
+def mpiexec(hosts: Hosts, *words: str) -> list[str]:
+    """Return the command of two ranks on each of two hosts; MPI starts its helpers by ssh."""
+    ssh = hosts.folder / "ssh.sh"
+    ssh.write_text(f'#!/bin/sh\nexec ssh -F {hosts.folder / "ssh.conf"} "$@"\n')
+    ssh.chmod(0o755)
+    return [
+        *("mpiexec", "-launcher", "ssh", "-launcher-exec", str(ssh)),
+        *("-hosts", "n1,n2", "-ppn", "2", "-n", "4", "bigtrain", "launch", "config.yaml"),
+        *("launch.threads_per_rank=1", *words),
+    ]
+
+
+def _tasks(bench: Bench) -> list[int]:
+    """Return the ranks of MPI that live; an ssh to a host that is cut off is not ours to end."""
+    return [pid for pid, env in marked(bench.mark).items() if "PMI_RANK" in env]
+
+
+@needs_ssh
+@needs_mpi
+def test_mpiexec_on_two_hosts_of_which_one_is_cut_off(hosts: Hosts, bench: Bench) -> None:
+    overrides = (*LONG, "parallel.timeout_seconds=6")
+    run = start(hosts, bench, MANAGER, *mpiexec(hosts, *overrides))
+    files = RunFiles(bench.path, bench.path / "run")
+    wait_step(files, 5)
+    hosts.cut("n2")
+    try:
+        assert run.wait(40) != 0
+    finally:
+        hosts.kill("n2")
+        hosts.boot("n2")
+        hosts.start_sshd("n2")
+    assert "another rank did not come in time" in screen(bench, MANAGER), screen(bench, MANAGER)
+    wait_for("no rank left", lambda: not _tasks(bench), 15)
+    again = start(hosts, bench, MANAGER, *mpiexec(hosts, *overrides, "--resume"))
+    assert again.wait(60) == 0, screen(bench, MANAGER)
+    alone = bench.launch(*LONG, "launch.processes=4", "launch.threads_per_rank=1", "run.dir=alone")
+    assert files.losses() == alone.losses()
 
 
 # -- by torchrun -------------------------------------------------------------------------------
