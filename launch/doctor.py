@@ -17,10 +17,11 @@ from bigtrain.errors import BigtrainError, LaunchError
 from bigtrain.machine import num_gpus
 
 from .job import Job
-from .lead import make_team
+from .local import LocalTeam
 from .outcome import Ended
 from .plan import Allocation, Plan, make_plan
-from .watch import run_team, stderr_line
+from .remote import RemoteTeam
+from .watch import Team, run_team, stderr_line
 
 _RESULT = "result.json"
 
@@ -69,8 +70,15 @@ def examine(config: Config, plan: Plan, beside: Path, quick: bool) -> Measured:
             env=config.launch.env,
             module="bigtrain.doctor.rank",
         )
-        run_team(job, make_team(config, plan, job), config.launch.stop_seconds, stderr_line)
+        run_team(job, _team(config, plan, job), config.launch.stop_seconds, stderr_line)
         return _read(folder / _RESULT)
+
+
+def _team(config: Config, plan: Plan, job: Job) -> Team:
+    if plan.start == "here":
+        return LocalTeam(job)
+    # To tell how nodes differ is what ranks are started for.
+    return RemoteTeam(job, plan, config.launch, stderr_line, may_differ=True)
 
 
 def _wish(config: Config, plan: Plan, quick: bool) -> dict[str, Any]:
@@ -96,16 +104,15 @@ def _folder(beside: Path) -> Iterator[Path]:
             why="all nodes find there what they are to do, and try how fast they can write",
             mend="start it in a folder that you can write to, and that all nodes see",
         ) from error
+    keep = False
     try:
         yield folder
     except Ended as ended:
-        if ended.asked is not None:
+        keep = str(folder) in str(ended)  # it points at the log of the rank that failed
+        raise
+    finally:
+        if not keep:
             shutil.rmtree(folder, ignore_errors=True)
-        raise
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(path: Path) -> Measured:

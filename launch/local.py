@@ -70,7 +70,9 @@ class LocalTeam:
             raise LaunchError(
                 f"could not start {self.ranks[len(self._processes)].who} of {self.job.num_ranks}",
                 why=str(error),
-                mend="free processes and memory on this machine, or start fewer ranks",
+                mend="all nodes must see the folder that ranks log to: a shared file system"
+                if isinstance(error, FileNotFoundError)
+                else "free processes and memory on this machine, or start fewer ranks",
             ) from error
         if self._screen is not None:
             self._screen.start()

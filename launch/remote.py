@@ -48,8 +48,10 @@ class RemoteTeam:
         plan: Plan,
         launch: LaunchSection,
         say: Callable[[str], None],
+        may_differ: bool = False,
     ) -> None:
         self.job, self.plan, self.launch, self.say = job, plan, launch, say
+        self.may_differ = may_differ  # nodes are not compared before ranks are started
         self.ranks = [
             Rank(rank, name) for node, name in enumerate(plan.nodes) for rank in job.ranks_of(node)
         ]
@@ -71,7 +73,8 @@ class RemoteTeam:
             listener.listen(len(self.plan.nodes) + 16)
             self._call(listener.getsockname()[1])
             self._gather(listener)
-        self._examine()
+        if not self.may_differ:
+            self._examine()
         head = self._agents[0]
         assert head.port is not None
         # Where there is a network at all, ranks come in by the address that node 0 is known by.

@@ -14,7 +14,7 @@ import torch
 from bigtrain.comm.init import leave, set_timeout
 from bigtrain.comm.world import read_world
 from bigtrain.doctor.alone import matmul_side, measure_clock, measure_device, measure_files
-from bigtrain.doctor.facts import facts_of
+from bigtrain.doctor.facts import facts_of, processor
 from bigtrain.doctor.findings import slow_devices
 from bigtrain.doctor.measured import Device, Measured, Node
 from bigtrain.doctor.ranks import Ranks, join_all
@@ -74,7 +74,8 @@ def _node(wish: Mapping[str, Any]) -> Node:
             found = Missing(error.problem)
         if isinstance(found, Missing):
             kernels[kind] = "torch"
-            missing += [f"{found.problem.what}: {found.problem.why}"] * found.wanted
+            it = found.problem
+            missing += [": ".join(filter(None, (it.what.strip(" :\n"), it.why)))] * found.wanted
         else:
             kernels[kind] = found.target
     names = wish["nodes"]
@@ -118,7 +119,8 @@ def _files(ranks: Ranks, folder: Path, num_mib: int) -> tuple[float | None, floa
 def _devices(ranks: Ranks, most_cores: int, quick: bool) -> list[Device]:
     """Return the devices of all ranks; what looks slow is measured anew, the best counts."""
     side = matmul_side(ranks.device.type, most_cores, quick)
-    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "processors"
+    on_gpu = ranks.device.type == "cuda"
+    name = torch.cuda.get_device_name(ranks.device) if on_gpu else processor()
     best: list[Device] = ranks.gather(measure_device(ranks, name, side))
     for _ in range(_AGAIN):
         if not slow_devices(best):

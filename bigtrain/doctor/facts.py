@@ -31,7 +31,6 @@ def facts_of(folder: Path) -> dict[str, Any]:
         "host": socket.gethostname(),
         "versions": versions(),
         "cores": num_cores(),
-        "processor": processor(),
         "gpus": num_gpus(os.environ),
         "memory_bytes": _memory(),
         "folder": str(folder),

@@ -81,21 +81,28 @@ def test_built_by_the_run_that_wants_it(
     assert library.stat().st_size > 10_000
 
 
-def doctor() -> str:
+def doctor(folder: Path, code: int = 0) -> str:
     done = subprocess.run(
-        [BIN / "bigtrain", "doctor"], capture_output=True, text=True, timeout=100, check=True
+        [BIN / "bigtrain", "doctor", "--quick"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
+    assert done.returncode == code, done.stdout + done.stderr
     assert done.stderr == ""
     return done.stdout
 
 
-def test_doctor_names_the_library() -> None:
-    out = doctor()
+def test_doctor_names_the_library(tmp_path: Path) -> None:
+    out = doctor(tmp_path)
+    assert "nothing is wrong" in out
     assert "libbt_cpu_" in out
     assert "adamw_                kernel (" in out
 
 
-def test_doctor_says_why_there_is_none(no_compiler: None) -> None:
-    out = doctor()
+def test_doctor_says_why_there_is_none(no_compiler: None, tmp_path: Path) -> None:
+    out = doctor(tmp_path, code=1)
+    assert "1 thing is wrong" in out
     assert "no C++ compiler (no-such-compiler)" in out
     assert "adamw_                torch: there is no library" in out
