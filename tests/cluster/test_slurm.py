@@ -272,9 +272,9 @@ def test_what_sbatch_refuses_is_told(cluster: Cluster) -> None:
 
 
 def test_time_limit(cluster: Cluster) -> None:
-    """Slurm's own signal, at its own time: 30 to 60 seconds after the beginning."""
+    """Slurm's own signal, at its own time, which may be up to a minute early."""
     slow = ("model.factory=parts:model", "model.args={slow: 0.5}", "train.steps=1000")
-    limits = ("launch.slurm.time=1", "launch.slurm.signal_seconds=30")
+    limits = ("launch.slurm.time=1", "launch.slurm.signal_seconds=10")
     number, run = cluster.submit("limit", *slow, *limits)
     cluster.wait_step(run, 2)
     wait_for("requeue", lambda: cluster.slurm.state(number) == "PENDING", 100)
