@@ -43,6 +43,12 @@ def gpu_nodes(
             number = int((devices / gpu.name.lower() / "numa_node").read_text())
             node = number if number >= 0 else None
         nodes.append(node)
+    given = env.get("SLURM_STEP_GPUS") or env.get("SLURM_JOB_GPUS")
+    if given:  # of these alone the visible ones are counted, where Slurm hides the others
+        try:
+            nodes = [nodes[gpu] for gpu in sorted(parse_cores(given))]
+        except (ValueError, IndexError):
+            return []
     visible = env.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return nodes

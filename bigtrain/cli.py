@@ -71,7 +71,13 @@ def launch(
     ):
         if both:
             raise BigtrainError(f"{pair} exclude each other", mend="give one of them")
-    if starter_of() is not None:
+    if (starter := starter_of()) is not None:
+        if hosts or slurm or follow or dry_run:
+            raise BigtrainError(
+                f"{starter} has started this as one of its ranks",
+                why="--hosts, --slurm, --follow and --dry-run are for who starts ranks",
+                mend=f"leave these out, or call it without {starter}",
+            )
         _be_a_rank(config, overrides, resume, restart)
     try:
         read, plan = _read(config, overrides, hosts, slurm)
@@ -139,13 +145,14 @@ def _submit(
     if dry_run:
         typer.echo(dry_script(config, source), nl=False)
         return 0
-    done = submit(config, source, resume=resume, restart=restart)
+    done = submit(config, plan, source, resume=resume, restart=restart)
     numbers = ", ".join(done.numbers)
     typer.echo(f"job {numbers}: {plan}")
     typer.echo(f"  script   {done.script}, also for sbatch by hand")
     typer.echo(f"  follow   bigtrain jobs follow {done.numbers[0]}")
     typer.echo(f"  cancel   bigtrain jobs cancel {' '.join(done.numbers)}")
-    return _follow(done.numbers[0]) if show else 0
+    first = done.numbers[0] + ("_0" if config.launch.slurm and config.launch.slurm.sweep else "")
+    return _follow(first) if show else 0
 
 
 def _check_sweep(config: Config, path: str, overrides: list[str] | None, num_ranks: int) -> None:

@@ -15,7 +15,8 @@ from bigtrain.errors import BigtrainError, CommError, Stopped
 
 _PR_SET_PDEATHSIG = 1
 _MOST_TEXT_BYTES = 10_000  # JSON makes at most 6 of each; a pipe takes 64 KiB unread
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGUSR1 is what Slurm is asked to send before time is up.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,6 +45,7 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again = self.signal is not None
+        number = signal.SIGTERM if number == signal.SIGUSR1 else number
         self.signal = number
         if not self.finishing or (again and not self.patient):
             raise Interrupted(number)

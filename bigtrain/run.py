@@ -14,15 +14,15 @@ from rich.console import Console
 
 from bigtrain.binding import bind, is_bound
 from bigtrain.checkpoint.manifest import checkpoint_name
-from bigtrain.comm.collectives import together
+from bigtrain.comm.collectives import all_gather_object, together
 from bigtrain.comm.init import choose_device, join, leave, set_timeout
 from bigtrain.comm.mesh import Mesh
-from bigtrain.comm.started import restart_warning
+from bigtrain.comm.started import restart_warning, starter_of
 from bigtrain.comm.world import World, read_world
 from bigtrain.config.check import describe_schedule, layout_of
 from bigtrain.config.load import load_config
 from bigtrain.config.schema import Config
-from bigtrain.errors import Stopped
+from bigtrain.errors import LaunchError, Stopped
 from bigtrain.lifetime import StopRequest
 from bigtrain.machine import threads_per_rank
 from bigtrain.models import GPT, Llama
@@ -57,6 +57,8 @@ def run(
         _find_kernels(device, quiet=world.local_rank > 0)
     join(world, device, START_TIMEOUT_SECONDS)
     mesh = Mesh.build(layout_of(config, world.world_size), world, device)
+    if not launched:
+        _check_nodes(config, mesh, world)
     with _run_folder(config, resume, restart, mesh, launched) as folder:
         trainer = Trainer(config, mesh, folder.checkpoints, stop_requested=lambda: stop.signal)
         source = trainer.resume() if resume else None
@@ -72,6 +74,22 @@ def run(
         if mesh.rank == 0:
             _farewell(trainer, folder, validation_loss, sample)
     leave()
+
+
+def _check_nodes(config: Config, mesh: Mesh, world: World) -> None:
+    """Compare the nodes of the world with launch.nodes, where another launcher has made it."""
+    everyone = all_gather_object(world.node_rank, mesh.world, "numbers of the nodes")
+    nodes = len(set(everyone))
+    if starter := starter_of():
+        log.info("started by %s: %d rank(s) on %d node(s)", starter, world.world_size, nodes)
+    least, most = config.launch.node_range or (nodes, nodes)
+    if not least <= nodes <= most:
+        raise LaunchError(
+            f"launch.nodes = {config.launch.nodes}, but the {world.world_size} ranks are on "
+            f"{nodes} node(s)",
+            why="a run on other nodes than it was meant for is refused, not made to fit",
+            mend=f"start it on as many, or set launch.nodes to {nodes} or auto",
+        )
 
 
 def _configure_torch(config: Config, world: World, device: torch.device) -> None:

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def main() -> int:
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: signals.append(number))
-    os.chdir(call["folder"])
     try:
+        os.chdir(call["folder"])
         line = _connect(call)
     except OSError as error:
         sys.stderr.write(f"bigtrain agent on {socket.gethostname()}: {error}\n")
@@ -51,7 +52,7 @@ def main() -> int:
 def _connect(call: dict[str, Any]) -> Line:
     """Return the line to the launcher, by the first of its addresses that works."""
     tried = []
-    for address in call["addresses"]:
+    for address in dict.fromkeys([*call["addresses"], *_callers(os.environ)]):
         try:
             line = Line(socket.create_connection((address, call["port"]), timeout=10))
         except OSError as error:
@@ -65,6 +66,12 @@ def _connect(call: dict[str, Any]) -> Line:
             continue
         return line
     raise OSError(f"cannot reach the launcher: {'; '.join(tried)}")
+
+
+def _callers(env: Mapping[str, str]) -> list[str]:
+    """Return where ssh or srun says that it was called: names may mean nothing on this node."""
+    by_ssh = env.get("SSH_CONNECTION", "").split()[:1]
+    return [*by_ssh, *filter(None, [env.get("SLURM_LAUNCH_NODE_IPADDR")])]
 
 
 def _serve(line: Line, call: dict[str, Any], signals: list[int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -20,9 +21,14 @@ def frozen_path(config: Config) -> Path:
     return Path(config.run.dir) / _FOLDER / "config.yaml"
 
 
-def freeze(config: Config) -> tuple[str, ...]:
-    """Write the effective config and the version of the code; return the latter as lines."""
+def freeze(config: Config, ranks_per_node: int) -> tuple[str, ...]:
+    """Write the effective config and the version of the code; return the latter as lines.
+
+    The job starts as many ranks on a node as were counted now, whatever else it is given.
+    """
     path = frozen_path(config)
+    launch = config.launch.model_copy(update={"processes": ranks_per_node})
+    config = config.model_copy(update={"launch": launch})
     code = code_lines()
     with explained_io(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +48,9 @@ def code_lines() -> tuple[str, ...]:
     lines = [f"bigtrain {metadata.version('bigtrain')}"]
     for folder in _checkouts():
         commit = _git(folder, "rev-parse", "--short=12", "HEAD").strip()
-        changed = ", changed since" if _git(folder, "status", "--porcelain", "-uno") else ""
+        changes = _git(folder, "diff", "HEAD")
+        digest = hashlib.sha256(changes.encode(errors="replace")).hexdigest()[:8]
+        changed = f", changed since ({digest})" if changes else ""
         lines.append(f"{folder.name} at {commit}{changed}")
     return tuple(lines)
 

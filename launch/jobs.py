@@ -11,7 +11,10 @@ from bigtrain.errors import LaunchError
 
 from .slurm_commands import Ask, QueuedJob, ask_slurm, job_facts, queued_jobs
 
-_ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "NODE_FAIL")
+_ENDED = (
+    *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "NODE_FAIL"),
+    *("PREEMPTED", "BOOT_FAIL", "REVOKED"),
+)
 _SHORTEST_POLL, _LONGEST_POLL = 0.5, 5.0
 
 
@@ -66,7 +69,14 @@ def number_to_follow(wish: str, ask: Ask = ask_slurm) -> str:
     numbers = [job.number for job in jobs if job.number == wish]
     if not numbers and wish.isdecimal() and wish not in [job.array for job in jobs]:
         return wish  # it may have ended: Slurm remembers that for some minutes
-    return (numbers or [job.number for job in chosen(wish, jobs)])[0]
+    found = chosen(wish, jobs) if not numbers else []
+    if len(found) > 1:
+        raise LaunchError(
+            f"{wish} is several jobs: {', '.join(job.number for job in found)}",
+            why="each has a log of its own",
+            mend=f"follow one of them: bigtrain jobs follow {found[0].number}",
+        )
+    return (numbers or [job.number for job in found])[0]
 
 
 def follow(

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +14,7 @@ from bigtrain.run_folder import RunFolder
 
 from .job import Job, Meeting
 from .local import LocalTeam
-from .outcome import Ended, last_line
+from .outcome import Ended
 from .plan import Plan, smaller
 from .remote import RemoteTeam
 from .requeue import queue_again
@@ -35,7 +32,8 @@ def make_job(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> Job
         threads=config.launch.threads_per_rank,
         resume=resume,
         env=config.launch.env,
-        patient="SLURM_JOB_ID" in os.environ,
+        # Slurm sends a signal by several ways, and kills when time is up; a person means it.
+        patient="SLURM_JOB_ID" in os.environ and not sys.stdin.isatty(),
     )
 
 
@@ -56,7 +54,7 @@ def lead(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> int:
         LaunchError: ranks could not be started, or one failed; its error comes first.
     """
     in_slurm = "SLURM_JOB_ID" in os.environ
-    began, at = time.time(), _newest_checkpoint(folder)
+    before = _newest_checkpoint(folder)
     while True:
         stderr_line(str(plan))
         job = make_job(config, plan, folder, resume)
@@ -67,8 +65,8 @@ def lead(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> int:
             left = smaller(config, plan, ended.lost_nodes) if ended.lost_nodes else None
             if left is None or ended.asked is not None:
                 if in_slurm:
-                    stepped = _has_stepped(folder, began, at)
-                    ended = queue_again(ended, os.environ, stepped, stderr_line)
+                    saved = _newest_checkpoint(folder) > before
+                    ended = queue_again(ended, os.environ, saved, stderr_line)
                 raise ended from None
             stderr_line(f"{ended}\ngoing on with {len(left.nodes)} of {len(plan.nodes)} nodes")
             plan, resume = left, True
@@ -79,14 +77,6 @@ def _newest_checkpoint(folder: RunFolder) -> int:
     """Return the step of the newest checkpoint, 0 without any."""
     names = [path.name.removeprefix("step-") for path in folder.checkpoints.glob("step-*")]
     return max((int(name) for name in names if name.isdecimal()), default=0)
-
-
-def _has_stepped(folder: RunFolder, began: float, at: int) -> bool:
-    """Tell whether the run has recorded a step beyond `at` since `began`."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
-        if folder.metrics.stat().st_mtime >= began - 2.0:  # clocks of file servers differ
-            return int(json.loads(last_line(folder.metrics))["step"]) > at
-    return False
 
 
 def mpi_command(config: Config, plan: Plan, words: Sequence[str]) -> list[str]:

@@ -18,6 +18,8 @@ from .job import Job, Meeting
 from .outcome import Rank
 from .output import ScreenAndFile
 
+_HEARD_LATER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 @dataclass
 class _Process:
@@ -82,7 +84,7 @@ class LocalTeam:
         os.set_blocking(report_read, False)
         inherited = (report_write, meeting.store_fd) if rank.rank == 0 else (report_write,)
         # A rank begins with these signals blocked, and hears them once it can tell what happened.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD_LATER)
         try:
             with open(self.job.log(rank.rank), "ab") as log:
                 process = subprocess.Popen(

@@ -148,20 +148,10 @@ def _blame(rank: Rank) -> tuple[int, float]:
     return order, float(rank.report.get("time", 0.0))
 
 
-def last_lines(log: Path, count: int = 12) -> str:
-    """Return the end of a log, to be shown in an error."""
+def last_lines(log: Path, count: int = 12, start: int = 0) -> str:
+    """Return the end of a log, of what follows `start`, to be shown in an error."""
     with contextlib.suppress(OSError):
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
+        text = log.read_bytes()[start:].decode("utf-8", errors="replace")
+        lines = text.splitlines()[-count:]
         return "\n".join(f"    {line}" for line in lines) or "    (it is empty)"
     return "    (its log cannot be read)"
-
-
-def last_line(path: Path) -> bytes:
-    """Return the last whole line of a file that may be long and cut.
-
-    Raises:
-        IndexError: there is none.
-    """
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - (1 << 16)))
-        return file.read().split(b"\n")[:-1][-1]

@@ -74,13 +74,21 @@ def find_allocation(
             why="SLURM_JOB_NUM_NODES and SLURM_JOB_NODELIST are of different jobs",
             mend="start bigtrain with the environment that Slurm has given to the job",
         )
-    gpus = env.get("SLURM_GPUS_ON_NODE", "")
     return Allocation(
         job=env["SLURM_JOB_ID"],
         nodes=tuple(nodes),
         cores=fewest_cores(env) or num_cores(),
-        gpus=int(gpus) if gpus.isdecimal() else None,
+        gpus=_gpus_of_a_node(env),
     )
+
+
+def _gpus_of_a_node(env: Mapping[str, str]) -> int | None:
+    """Return what Slurm tells of GPUs: on a node of the job, or where salloc was called."""
+    on_node = env.get("SLURM_GPUS_ON_NODE", "")
+    if on_node.isdecimal():
+        return int(on_node)
+    kinds = [kind.rpartition(":")[2] for kind in env.get("SLURM_GPUS_PER_NODE", "").split(",")]
+    return sum(map(int, kinds)) if all(kind.isdecimal() for kind in kinds) else None
 
 
 def fewest_cores(env: Mapping[str, str]) -> int | None:
@@ -96,7 +104,13 @@ def find_hosts(text: str) -> list[str]:
     """
     path = Path(text)
     if text and "," not in text and path.is_file():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise LaunchError(
+                f"--hosts {text} cannot be read: {error.strerror or error}",
+                mend="give a file that you may read, or names like a,b",
+            ) from error
         names = [words[0] for line in lines if (words := line.partition("#")[0].split())]
     else:
         names = [name.strip() for name in text.split(",") if name.strip()]
@@ -118,10 +132,16 @@ def make_plan(
     Raises:
         LaunchError: what is asked for and what is there differ; the arithmetic is shown.
     """
-    if config.launch.mpi is not None:
-        return _by_mpi(config, env, allocation)
     hosts = tuple(hosts or config.launch.hosts or ())
+    if config.launch.mpi is not None:
+        return _by_mpi(config, env, allocation, hosts)
     if hosts:
+        if config.launch.processes == "auto" and config.parallel.dp == "auto":
+            raise LaunchError(
+                "nothing says how many ranks each host gets",
+                why="their GPUs cannot be counted from here",
+                mend="set launch.processes (ranks of each), or parallel.dp",
+            )
         return _on(config, env, f"{len(hosts)} hosts", "ssh", hosts, None)
     if allocation is not None:
         found = f"Slurm job {allocation.job}" if allocation.job else "Slurm"
@@ -139,13 +159,25 @@ def make_plan(
     return _on(config, env, "this machine", "here", ("localhost",), None)
 
 
-def _by_mpi(config: Config, env: Mapping[str, str], allocation: Allocation | None) -> Plan:
+def _by_mpi(
+    config: Config,
+    env: Mapping[str, str],
+    allocation: Allocation | None,
+    hosts: Sequence[str],
+) -> Plan:
     """Return the plan of ranks that MPI places: how many there are is all that we say."""
+    if hosts:
+        raise LaunchError(
+            "launch.mpi and hosts exclude each other",
+            why="mpiexec places ranks itself",
+            mend="name the hosts in launch.mpi.options: [-hosts, 'a,b'] of MPICH, "
+            "[--host, 'a:8,b:8'] of Open MPI",
+        )
     nodes = allocation.nodes if allocation else ("localhost",)
-    _, asked = config.launch.node_range or (len(nodes), len(nodes))
-    each = ranks_per_node(config, env, asked, allocation)
-    places = nodes if len(nodes) == asked else tuple(f"node {i}" for i in range(asked))
-    return Plan("MPI", "mpiexec", places, each, asked)
+    if allocation is None and config.launch.node_range is not None:
+        # Which ones, the options say; ranks compare their number when they have met.
+        nodes = tuple(f"node {i}" for i in range(config.launch.node_range[1]))
+    return replace(_on(config, env, "MPI", "mpiexec", nodes, allocation), least=len(nodes))
 
 
 def _on(

@@ -59,6 +59,7 @@ class RemoteTeam:
         self._starters: list[subprocess.Popen[bytes]] = []
         self._secret = secrets.token_hex(16)
         self._log = job.logs / "agents.log"
+        self._log_start = self._log.stat().st_size if self._log.exists() else 0
 
     # -- beginning -----------------------------------------------------------------------------
 
@@ -100,7 +101,19 @@ class RemoteTeam:
             raise Ended(1, text, None, [node for node in self.plan.nodes if node in odd])
 
     def _head_address(self) -> str:
-        return self.plan.nodes[0].rpartition("@")[2]
+        """Return an address of the first node, which means the same on all nodes.
+
+        Its name may lead to loopback on itself (Debian has 127.0.1.1 for it), or nowhere.
+        """
+        peer = self._agents[0].line.peer
+        if len(self.plan.nodes) == 1:
+            return peer
+        found = [peer]
+        with contextlib.suppress(OSError):
+            name = self.plan.nodes[0].rpartition("@")[2]
+            known = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)
+            found = [*(str(info[4][0]) for info in known), peer]
+        return next((a for a in found if not a.startswith("127.")), peer)
 
     def _call(self, port: int) -> None:
         """Start what starts the agents, and tell them where we are."""
@@ -168,6 +181,9 @@ class RemoteTeam:
         )
         wanted = set(range(len(self.plan.nodes))) - self._agents.keys()
         if not is_ours or node not in wanted:
+            if is_ours:
+                nodes = shortened(self.plan.nodes)
+                self.say(f"{first.get('name')} joined, which is none of {nodes}")
             line.close()
             return
         facts = first.get("facts")
@@ -188,7 +204,7 @@ class RemoteTeam:
             f"{count - len(missing)} of {count} nodes joined; {shortened(missing)} did not",
             None,
             missing,
-            why=f"{why}; it was said:\n{last_lines(self._log)}",
+            why=f"{why}; it was said:\n{last_lines(self._log, start=self._log_start)}",
             mend="see whether those nodes are up, have this folder and this Python "
             f"({sys.executable}), and can open connections to this machine",
         )

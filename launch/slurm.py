@@ -19,6 +19,8 @@ from .plan import Allocation, Plan, make_plan
 COMMENT = "bigtrain:"  # what the comment of a job begins with, before its run folder
 FIRST_LEAD_SECONDS = 120  # before the time limit, as long as nobody knows what saving takes
 _SLACK_SECONDS = 30
+_NO_CASE = '  *) echo "no job of this sweep: ${SLURM_ARRAY_TASK_ID:-none}" >&2; exit 2 ;;'
+_SETUP_FAILED = "trap 'echo \"launch.slurm.setup failed: $BASH_COMMAND\" >&2; exit 2' ERR"
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def render(config: Config, script: Script) -> str:
         *(f"# code: {line}" for line in script.code),
         *(f"#SBATCH {option}" for option in _options(config, script)),
         "",
-        *(config.launch.slurm or SlurmSection()).setup,
+        *_setup(config),
         *_guards(script.config_path),
         *_overrides(config),
         f"exec bigtrain launch {shlex.quote(script.config_path)} --resume"
@@ -113,8 +115,8 @@ def _options(config: Config, script: Script) -> Iterator[str]:
     if tasks:
         at_once = f"%{slurm.sweep_at_once}" if slurm.sweep_at_once else ""
         yield f"--array=0-{tasks - 1}{at_once}"
-    log = folder / "slurm" / ("%A_%a.out" if tasks else "%j.out")
-    yield f"--output={_quoted(str(log))}"
+    log = str(folder / "slurm").replace("%", "%%") + ("/%A_%a.out" if tasks else "/%j.out")
+    yield f"--output={_quoted(log)}"
     yield "--open-mode=append"
     yield f"--signal=B:USR1@{lead_seconds(config, script)}"
     yield "--requeue" if slurm.requeue else "--no-requeue"
@@ -178,7 +180,13 @@ def _overrides(config: Config) -> list[str]:
     if not rows:
         return []
     cases = [f"  {number}) task=({shlex.join(row)}) ;;" for number, row in enumerate(rows)]
-    return ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
+    return ['case "${SLURM_ARRAY_TASK_ID:-}" in', *cases, _NO_CASE, "esac"]
+
+
+def _setup(config: Config) -> list[str]:
+    """Return the user's lines; the job ends where one of them fails."""
+    lines = (config.launch.slurm or SlurmSection()).setup
+    return [_SETUP_FAILED, *lines, "trap - ERR"] if lines else []
 
 
 def _guards(config_path: str) -> list[str]:
@@ -201,4 +209,6 @@ def _guards(config_path: str) -> list[str]:
 
 def _quoted(text: str) -> str:
     """Return text as sbatch reads it in a script: with quotes where there are spaces."""
-    return f'"{text}"' if set(text) & set(" \t#;&'") else text
+    if not set(text) & set(" \t#;&'\"\\"):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -14,6 +14,7 @@ from .plan import Plan, fewest_cores
 _AGENT = ("-m", "bigtrain.launch.agent")
 # What agents started over ssh get from here; srun passes the whole environment on.
 _PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "XDG_CACHE_HOME")
+_OF_THIS_MACHINE = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _PREFIXES = ("BIGTRAIN_", "OMP_", "GLOO_", "NCCL_", "CUDA_", "TORCH_", "HF_")
 
 
@@ -43,7 +44,7 @@ def starters(
     kept = [
         f"{name}={value}"
         for name, value in sorted(env.items())
-        if name in _PASSED_ON or name.startswith(_PREFIXES)
+        if name in _PASSED_ON or (name.startswith(_PREFIXES) and name not in _OF_THIS_MACHINE)
     ]
     words = shlex.join(["env", *kept, *agent])
     return [[*launch.ssh, node, words] for node in plan.nodes]
@@ -56,7 +57,8 @@ def _srun(plan: Plan, env: Mapping[str, str]) -> list[str]:
         *("--nodelist", ",".join(plan.nodes)),
         # All that the job has on a node is for the agent's ranks, which share it out.
         *("--cpus-per-task", cores, "--cpu-bind=none", "--overlap"),
-        *("--kill-on-bad-exit=0", "--input=all"),
+        # Some sites submit with --export=NONE; agents are no tasks of MPI, whatever the default.
+        *("--export=ALL", "--mpi=none", "--kill-on-bad-exit=0", "--input=all"),
     ]
 
 

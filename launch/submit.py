@@ -13,6 +13,7 @@ from bigtrain.errors import LaunchError
 from bigtrain.run_folder import RunFolder, explained_io, open_run
 
 from .frozen import freeze, frozen_path
+from .plan import Plan
 from .slurm import FIRST_LEAD_SECONDS, Script, measured_lead, render
 from .slurm_commands import Ask, ask_slurm, queued_jobs
 
@@ -32,7 +33,7 @@ def dry_script(config: Config, source: str) -> str:
 
 
 def submit(
-    config: Config, source: str, *, resume: bool, restart: bool, ask: Ask = ask_slurm
+    config: Config, plan: Plan, source: str, *, resume: bool, restart: bool, ask: Ask = ask_slurm
 ) -> Submitted:
     """Freeze the config, write the script into the run folder, and submit it.
 
@@ -52,7 +53,7 @@ def submit(
     _, lock = open_run(config, resume=resume, restart=restart)
     with lock:
         RunFolder(folder).next_config.unlink(missing_ok=True)  # the job will write it
-        code = freeze(config)
+        code = freeze(config, plan.ranks_per_node)
         script = Script(source, str(frozen_path(config)), os.getcwd(), code, _lead(config))
         path = frozen_path(config).with_name("job.sh")
         with explained_io(path):

@@ -106,7 +106,8 @@ def _watch(
             if passed_on == 1:
                 once_more = "" if patient else "; once more stops at once"
                 say(f"stopping: the ranks finish their step and save{once_more}")
-                deadline = now + stop_seconds
+                # Slurm, for whom a job is patient, kills it itself; saving may take long.
+                deadline = None if patient else now + stop_seconds
                 team.ask(asked.for_ranks[0])
             elif not patient:
                 deadline = now

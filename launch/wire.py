@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 PULSE_SECONDS = 1.0
+_AWAY_SECONDS = 4 * PULSE_SECONDS
 _MOST_BYTES = 1 << 20  # of a message: what does not end by then is none
 
 Message = dict[str, Any]
@@ -26,7 +27,7 @@ class Line:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(5.0)  # a send that takes longer has nobody at the other end
         self._connection, self._rest = connection, b""
-        self.heard = self._said = time.monotonic()
+        self.heard = self._said = self._listened = time.monotonic()
 
     def say(self, **message: Any) -> None:
         """Send a message.
@@ -46,7 +47,11 @@ class Line:
         Raises:
             Lost: the connection is closed or broken, or what comes is no message.
         """
-        if time.monotonic() - self._said > PULSE_SECONDS:
+        now = time.monotonic()
+        if now - self._listened > _AWAY_SECONDS:
+            self.heard = now  # we were stopped (a suspended job): the silence was ours
+        self._listened = now
+        if now - self._said > PULSE_SECONDS:
             self.say(pulse=True)
         messages: list[Message] = []
         while select.select([self._connection], [], [], 0)[0]:
@@ -75,9 +80,9 @@ class Line:
         return time.monotonic() - self.heard
 
     @property
-    def address(self) -> str:
-        """Address of this side, which the other has reached."""
-        return self._connection.getsockname()[0]
+    def peer(self) -> str:
+        """Address of the other side, as it is seen from here."""
+        return str(self._connection.getpeername()[0])
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -104,4 +109,6 @@ def addresses_towards(names: list[str]) -> list[str]:
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asks:
             asks.connect((name, 9))
             found.append(asks.getsockname()[0])
+    # Others cannot use loopback, which our own name may lead to.
+    found.sort(key=lambda address: address.startswith("127."))
     return list(dict.fromkeys([*found, socket.gethostname()]))

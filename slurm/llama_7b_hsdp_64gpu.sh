@@ -14,8 +14,10 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 
+trap 'echo "launch.slurm.setup failed: $BASH_COMMAND" >&2; exit 2' ERR
 module load cuda
 source .venv/bin/activate
+trap - ERR
 command -v bigtrain > /dev/null || {
   echo "bigtrain is not in PATH on $(hostname): activate its environment by a line in launch.slurm.setup" >&2
   exit 2

@@ -19,6 +19,8 @@ from bigtrain.comm.world import World, read_world
 from bigtrain.config.layout import Layout
 from bigtrain.errors import CommError, LaunchError
 
+_SOMEWHERE = "192.0.2.1"  # in no network: the way there is that of the default route
+
 
 def choose_device(wanted: str, world: World) -> torch.device:
     """Return this rank's device; `wanted` is auto, cpu or cuda.
@@ -63,6 +65,9 @@ def join(world: World, device: torch.device, timeout_seconds: float) -> None:
         return
     timeout = datetime.timedelta(seconds=timeout_seconds)
     interface = interface_towards(os.environ.get("MASTER_ADDR", ""))
+    if interface == "lo" and world.world_size > world.local_world_size:
+        # Debian leads a machine's own name to loopback, by which others do not find it.
+        interface = interface_towards(_SOMEWHERE)
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -134,7 +134,7 @@ def _adopt_mpi(env: MutableMapping[str, str]) -> Started:
     """Ask MPI who we are; rank 0 listens on a port that the system chooses, and tells it."""
     try:
         from mpi4py import MPI
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # no mpi4py, or no MPI that it can load
         raise LaunchError(
             "mpiexec has started this process, but mpi4py cannot be imported",
             why=f"it says which rank this is: {error}",

@@ -51,15 +51,17 @@ class GroupTransport:
     ) -> Pending[Sequence[torch.Tensor]]:
         """Begin an exchange, as `Transport` says."""
         _check(self.axis, outgoing, incoming)
+        group, messages = self.axis.group, []
+        for step in range(1, self.axis.degree):  # each rank begins with another one
+            to = (self.axis.rank + step) % self.axis.degree
+            source = (self.axis.rank - step) % self.axis.degree
+            messages += [dist.P2POp(dist.irecv, incoming[source], group=group, group_peer=source)]
+            messages += [dist.P2POp(dist.isend, outgoing[to], group=group, group_peer=to)]
         works = []
-        group = self.axis.group
-        with explained(what, self.axis):
-            for step in range(1, self.axis.degree):  # each rank begins with another one
-                to = (self.axis.rank + step) % self.axis.degree
-                source = (self.axis.rank - step) % self.axis.degree
-                works += [dist.irecv(incoming[source], group=group, group_src=source)]
-                works += [dist.isend(outgoing[to], group=group, group_dst=to)]
-        return Pending([work for work in works if work], what, self.axis, lambda: incoming)
+        if messages:
+            with explained(what, self.axis):
+                works = dist.batch_isend_irecv(messages)
+        return Pending(works, what, self.axis, lambda: incoming)
 
 
 class MpiTransport:
@@ -76,7 +78,7 @@ class MpiTransport:
         """
         try:
             from mpi4py import MPI
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # no mpi4py, or no MPI that it can load
             raise LaunchError(
                 "the MPI transport needs mpi4py",
                 why=str(error),

@@ -37,6 +37,9 @@ def test_gpus_of_the_driver(tmp_path: Path) -> None:
     paths = (tmp_path / "driver", tmp_path / "pci")
     assert gpu_nodes({}, *paths) == [0, 1, None]
     assert gpu_nodes({"CUDA_VISIBLE_DEVICES": "1, 0"}, *paths) == [1, 0]
+    hidden = {"SLURM_STEP_GPUS": "1-2", "CUDA_VISIBLE_DEVICES": "0,1"}
+    assert gpu_nodes(hidden, *paths) == [1, None]
+    assert gpu_nodes({"SLURM_JOB_GPUS": "7"}, *paths) == []
     assert gpu_nodes({"CUDA_VISIBLE_DEVICES": "GPU-abc,7"}, *paths) == [None, None]
     assert gpu_nodes({}, tmp_path / "none", tmp_path) == []
 

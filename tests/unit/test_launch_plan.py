@@ -56,6 +56,13 @@ def test_variables_of_different_jobs(said: str | None) -> None:
     assert_explained(caught.value, "17", "n[1-2] is 2")
 
 
+@pytest.mark.parametrize(("text", "gpus"), [("8", 8), ("h100:4", 4), ("a:1,b:2", 3), ("x", None)])
+def test_gpus_where_salloc_was_called(text: str, gpus: int | None) -> None:
+    found = find_allocation(in_slurm(SLURM_GPUS_PER_NODE=text), expand)
+    assert found is not None
+    assert found.gpus == gpus
+
+
 @pytest.mark.parametrize("gpus", ["", "gpu:2", "-1", "N/A"])
 def test_gpus_that_slurm_does_not_tell(gpus: str) -> None:
     found = find_allocation(in_slurm(SLURM_GPUS_ON_NODE=gpus), expand)
@@ -131,8 +138,8 @@ def test_degrees_that_nodes_cannot_share() -> None:
 
 
 def test_hosts_go_before_the_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "num_cores", lambda: 2)
-    plan = make_plan(config(), {}, TWO, ["a", "b", "c"])
+    monkeypatch.setattr(module, "num_cores", lambda: 64)
+    plan = make_plan(config(launch={"processes": 2}), {}, TWO, ["a", "b", "c"])
     assert (plan.start, plan.nodes, plan.num_ranks) == ("ssh", ("a", "b", "c"), 6)
     named = make_plan(config(launch={"hosts": ["x"], "processes": 1}), {}, None)
     assert named.nodes == ("x",)
@@ -142,3 +149,20 @@ def test_many_names_are_shortened() -> None:
     names = [f"n{i}" for i in range(100)]
     assert shortened(names) == "n0, n1, n2, ... n99"
     assert shortened(names[:4]) == "n0, n1, n2, n3"
+
+
+def test_ranks_of_hosts_are_not_counted_here() -> None:
+    with pytest.raises(LaunchError) as caught:
+        make_plan(config(), {}, None, ["a", "b"])
+    assert_explained(caught.value, "how many ranks each host gets", "launch.processes")
+
+
+def test_mpi_is_held_to_the_allocation_too() -> None:
+    with pytest.raises(LaunchError) as caught:
+        make_plan(config(launch={"mpi": {}, "nodes": 4}), {}, TWO)
+    assert_explained(caught.value, "launch.nodes = 4, but MPI has 2: n1, n2")
+    with pytest.raises(LaunchError) as caught:
+        make_plan(config(launch={"mpi": {}}), {}, None, ["a"])
+    assert_explained(caught.value, "-hosts")
+    plan = make_plan(config(launch={"mpi": {}, "nodes": 3, "processes": 2}), {}, None)
+    assert (plan.start, plan.num_ranks) == ("mpiexec", 6)

@@ -78,6 +78,17 @@ def test_there_is_a_pulse(
     assert other.recv(100) == b'{"pulse": true}\n'
 
 
+def test_who_was_stopped_hears_no_silence(
+    pair: tuple[Line, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A suspended job: both sides slept, and find nothing in the line."""
+    line, _ = pair
+    monkeypatch.setattr(wire, "_AWAY_SECONDS", 0.02)
+    time.sleep(0.05)
+    assert line.hear() == []
+    assert line.silence < 0.05
+
+
 def test_silence_is_counted_since_something_was_heard(pair: tuple[Line, socket.socket]) -> None:
     line, other = pair
     time.sleep(0.05)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 from unit_helpers import ROOT, assert_explained, load_text
 
 from bigtrain.cli import app
+from bigtrain.config.schema import Config
 from bigtrain.errors import ConfigError, LaunchError
 from bigtrain.launch.outcome import Ended
 from bigtrain.launch.requeue import UNFINISHED, queue_again
@@ -24,7 +27,7 @@ from bigtrain.launch.slurm import (
     seconds_of,
 )
 from bigtrain.launch.slurm_commands import job_facts, queued_jobs
-from bigtrain.launch.submit import submit
+from bigtrain.launch.submit import Submitted, submit
 
 GOLDEN = ROOT / "tests" / "golden" / "slurm"
 RENDERED = sorted((ROOT / "slurm").glob("*.sh"))
@@ -33,7 +36,7 @@ BASE = "run: {dir: runs/try}\nparallel: {dp: 4}\n"
 CASES = {
     "plain": BASE,
     "everything": """
-run: {dir: "runs/my try"}
+run: {dir: 'runs/my 50% "try"'}
 parallel: {dp: 16}
 launch:
   nodes: 4
@@ -208,11 +211,32 @@ class FakeSlurm:
         return answer
 
 
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """What answers signals is as it was before."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def pause(seconds: float) -> None:
+    """Do not wait."""
+
+
+def hand_in(config: Config, *, resume: bool, ask: FakeSlurm) -> Submitted:
+    plan = make_submission(config)
+    return submit(config, plan, "config.yaml", resume=resume, restart=False, ask=ask)
+
+
 def test_submission_freezes_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_text(tmp_path, BASE)
     slurm = FakeSlurm(sbatch="17;cluster\n")
-    done = submit(config, "config.yaml", resume=False, restart=False, ask=slurm)
+    done = submit(
+        config, make_submission(config), "config.yaml", resume=False, restart=False, ask=slurm
+    )
     assert done.numbers == ("17",)
     assert slurm.asked[-1] == ["sbatch", "--parsable", "runs/try/slurm/job.sh"]
     text = (tmp_path / "runs/try/slurm/job.sh").read_text()
@@ -220,7 +244,10 @@ def test_submission_freezes_the_config(tmp_path: Path, monkeypatch: pytest.Monke
     assert f"#SBATCH --comment=bigtrain:{tmp_path}/runs/try\n" in text
     assert not (tmp_path / "runs/try/config.next.yaml").exists()
     frozen = (tmp_path / "runs/try/slurm/config.yaml").read_text()
-    assert load_text(tmp_path, frozen) == config
+    read = load_text(tmp_path, frozen)
+    assert read.launch.processes == 4, "as many on a node as were counted"
+    launch = read.launch.model_copy(update={"processes": "auto"})
+    assert read.model_copy(update={"launch": launch}) == config
 
 
 def test_lead_of_the_next_job_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +258,9 @@ def test_lead_of_the_next_job_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
         '{"step": 1, "save_seconds": 60.5}\n{"st'
     )
     config = load_text(tmp_path, BASE)
-    submit(config, "config.yaml", resume=True, restart=False, ask=FakeSlurm())
+    submit(
+        config, make_submission(config), "config.yaml", resume=True, restart=False, ask=FakeSlurm()
+    )
     assert "--signal=B:USR1@161\n" in (tmp_path / "runs/try/slurm/job.sh").read_text()
 
 
@@ -240,14 +269,9 @@ def test_a_run_that_is_queued_is_not_submitted_again(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     line = f"17|17|PENDING|0:00|1:00|2|Priority|bigtrain:{tmp_path}/runs/try\n"
+    config = load_text(tmp_path, BASE)
     with pytest.raises(LaunchError) as caught:
-        submit(
-            load_text(tmp_path, BASE),
-            "config.yaml",
-            resume=False,
-            restart=False,
-            ask=FakeSlurm(squeue=line),
-        )
+        hand_in(config, resume=False, ask=FakeSlurm(squeue=line))
     assert_explained(caught.value, "job 17", "pending", "bigtrain jobs cancel 17")
 
 
@@ -263,7 +287,9 @@ def test_a_chain_that_breaks_is_taken_back(tmp_path: Path, monkeypatch: pytest.M
     slurm = Full()
     config = load_text(tmp_path, BASE + "launch: {slurm: {chain: 3}}")
     with pytest.raises(LaunchError, match="the queue is full"):
-        submit(config, "config.yaml", resume=False, restart=False, ask=slurm)
+        submit(
+            config, make_submission(config), "config.yaml", resume=False, restart=False, ask=slurm
+        )
     assert slurm.asked[2][2:4] == ["--dependency=afternotok:17", "--kill-on-invalid-dep=yes"]
     assert slurm.asked[-2:] == [["scancel", "17"], ["scancel", "17"]]
 
@@ -299,7 +325,11 @@ def test_facts_of_a_job() -> None:
         (Ended(143, "stopped", 10), "Requeue=1 JobId=17", False, 143, False),
         (Ended(143, "stopped", 15), "Requeue=1 PreemptTime=None", True, 143, False),
         (Ended(143, "stopped", 15), "Requeue=1 PreemptTime=2026-11-24", True, UNFINISHED, True),
+        (Ended(143, "stopped", 15), "Requeue=1 PreemptTime=2026-11-24", False, UNFINISHED, True),
         (Ended(1, "gone", None, ["n2"]), "Requeue=1 JobId=17", True, UNFINISHED, True),
+        (Ended(1, "gone", None, ["n2"]), "Requeue=1 JobId=17", False, UNFINISHED, True),
+        (Ended(1, "gone", None, ["n2"]), "Requeue=1 BatchFlag=0", True, 1, False),
+        (Ended(143, "stopped", 10), "JobState=CANCELLED Requeue=1", True, 143, False),
         (Ended(1, "a bug", None), "Requeue=1 JobId=17", True, 1, False),
     ],
 )
@@ -308,15 +338,38 @@ def test_which_ends_queue_up_again(
 ) -> None:
     slurm = FakeSlurm(scontrol=facts)
     told: list[str] = []
-    error = queue_again(ended, {"SLURM_JOB_ID": "17"}, stepped, told.append, slurm)
+    error = queue_again(ended, {"SLURM_JOB_ID": "17"}, stepped, told.append, slurm, pause)
     assert error.exit_code == code
     assert (["scontrol", "requeue", "17"] in slurm.asked) == requeued
-    assert bool(told) == (code == UNFINISHED or not stepped)
+    assert len(told) == int(code == UNFINISHED or not stepped)
+
+
+def test_nodes_that_are_lost_again_and_again() -> None:
+    env = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "3"}
+    slurm, told = FakeSlurm(scontrol="Requeue=1 JobId=17"), []
+    error = queue_again(Ended(1, "gone", None, ["n2"]), env, False, told.append, slurm, pause)
+    assert error.exit_code == 1
+    assert told == ["lost n2, but nothing new was saved: it is not queued again"]
+
+
+def test_a_job_of_an_array_is_requeued_alone() -> None:
+    """The number of one of them is that of all: Slurm would run them all again."""
+    env = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    slurm = FakeSlurm(scontrol="Requeue=1 JobId=17")
+    queue_again(Ended(143, "stopped", 10), env, True, lambda _: None, slurm, pause)
+    assert slurm.asked == [
+        ["scontrol", "show", "job", "-o", "17_3"],
+        ["scontrol", "requeue", "17_3"],
+    ]
 
 
 def test_slurm_that_does_not_answer_at_the_end() -> None:
     told: list[str] = []
     slurm = FakeSlurm(scontrol=LaunchError("no answer"))
     ended = Ended(143, "stopped", 10)
-    assert queue_again(ended, {"SLURM_JOB_ID": "17"}, True, told.append, slurm) is ended
+    waited: list[float] = []
+    assert (
+        queue_again(ended, {"SLURM_JOB_ID": "17"}, True, told.append, slurm, waited.append) is ended
+    )
+    assert len(waited) == 3, "a busy Slurm is asked again"
     assert "could not be requeued: no answer" in told[0]

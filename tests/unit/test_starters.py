@@ -40,11 +40,13 @@ def test_srun_starts_one_agent_on_each_node_with_all_its_processors() -> None:
 
 def test_ssh_passes_on_what_ranks_need_and_nothing_else() -> None:
     env = {"PATH": "/my bin", "NCCL_DEBUG": "INFO", "SECRET": "x", "PYTHONPATH": "/p"}
+    env["CUDA_VISIBLE_DEVICES"] = ""  # the machine that we are on may have none
     first, second = starters(plan("ssh", "me@a", "b"), launch(ssh=["ssh", "-q"]), env, "/here")
     assert first[:3] == ["ssh", "-q", "me@a"]
     assert second[2] == "b"
     assert first[3].startswith("env NCCL_DEBUG=INFO 'PATH=/my bin' PYTHONPATH=/p ")
     assert "SECRET" not in first[3]
+    assert "VISIBLE" not in first[3]
 
 
 def test_apptainer_sees_the_folder_we_are_in() -> None:
@@ -112,7 +114,8 @@ def test_going_on_with_fewer_nodes() -> None:
 def test_dry_run_needs_no_torch(tmp_path: Path) -> None:
     script = (
         "import sys; from typer.testing import CliRunner; from bigtrain.cli import app\n"
-        "for more in (['--hosts', 'a,b'], ['--slurm'], ['launch.mpi={}'], []):\n"
+        "hosts = ['--hosts', 'a,b', 'launch.processes=1']\n"
+        "for more in (hosts, ['--slurm'], ['launch.mpi={}'], []):\n"
         f"    words = ['launch', {str(ROOT / 'configs/quickstart.yaml')!r}, '--dry-run', *more]\n"
         "    done = CliRunner().invoke(app, words)\n"
         "    assert done.exit_code == 0, done.output\n"

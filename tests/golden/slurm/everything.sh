@@ -1,8 +1,8 @@
 #!/bin/bash
-# my try, rendered by bigtrain from config.yaml.
+# my 50% "try", rendered by bigtrain from config.yaml.
 # code: bigtrain 1
 #SBATCH --job-name="the big one"
-#SBATCH --comment="bigtrain:/home/me/runs/my try"
+#SBATCH --comment="bigtrain:/home/me/runs/my 50% \"try\""
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32
@@ -17,7 +17,7 @@
 #SBATCH --reservation=course
 #SBATCH --dependency=afterok:12
 #SBATCH --exclusive
-#SBATCH --output="runs/my try/slurm/%j.out"
+#SBATCH --output="runs/my 50%% \"try\"/slurm/%j.out"
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@600
 #SBATCH --no-requeue
@@ -25,8 +25,10 @@
 #SBATCH --mail-type=END
 #SBATCH --nice=5
 
+trap 'echo "launch.slurm.setup failed: $BASH_COMMAND" >&2; exit 2' ERR
 module load cuda/12
 source ~/venv/bin/activate
+trap - ERR
 command -v bigtrain > /dev/null || {
   echo "bigtrain is not in PATH on $(hostname): activate its environment by a line in launch.slurm.setup" >&2
   exit 2

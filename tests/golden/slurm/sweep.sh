@@ -20,7 +20,7 @@ command -v bigtrain > /dev/null || {
   echo "there is no runs/try/slurm/config.yaml in $PWD: submit this with bigtrain launch --slurm, or from the folder of the run" >&2
   exit 2
 }
-case "$SLURM_ARRAY_TASK_ID" in
+case "${SLURM_ARRAY_TASK_ID:-}" in
   0) task=(optimizer.lr=0.001 run.seed=0 'data.cache_dir=it'"'"'s' run.dir=runs/try/0) ;;
   1) task=(optimizer.lr=0.001 run.seed=0 data.cache_dir=null run.dir=runs/try/1) ;;
   2) task=(optimizer.lr=0.001 run.seed=1 'data.cache_dir=it'"'"'s' run.dir=runs/try/2) ;;
@@ -29,5 +29,6 @@ case "$SLURM_ARRAY_TASK_ID" in
   5) task=(optimizer.lr=0.0003 run.seed=0 data.cache_dir=null run.dir=runs/try/5) ;;
   6) task=(optimizer.lr=0.0003 run.seed=1 'data.cache_dir=it'"'"'s' run.dir=runs/try/6) ;;
   7) task=(optimizer.lr=0.0003 run.seed=1 data.cache_dir=null run.dir=runs/try/7) ;;
+  *) echo "no job of this sweep: ${SLURM_ARRAY_TASK_ID:-none}" >&2; exit 2 ;;
 esac
 exec bigtrain launch runs/try/slurm/config.yaml --resume "${task[@]}"
