@@ -15,8 +15,8 @@ from bigtrain.errors import BigtrainError, CommError, Stopped
 
 _PR_SET_PDEATHSIG = 1
 _MOST_TEXT_BYTES = 10_000  # JSON makes at most 6 of each; a pipe takes 64 KiB unread
-# SIGUSR1 is what Slurm is asked to send before time is up.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HEARD = (*STOP_SIGNALS, signal.SIGUSR1)  # what Slurm is asked to send before time is up
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,9 +39,9 @@ class StopRequest:
         self.signal: int | None = None
         self.finishing = False
         self.patient = os.environ.get("BIGTRAIN_PATIENT") == "1"
-        for number in STOP_SIGNALS:
+        for number in _HEARD:
             signal.signal(number, self._on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again = self.signal is not None
