@@ -129,6 +129,9 @@ class Slurm:
     def start_now(self, number: int) -> None:
         """Start a requeued job without the two minutes that Slurm waits."""
         _wait(f"job {number} to be requeued", lambda: self.state(number) == "PENDING")
+        # What is left of the run before would be taken for the end of the next one: the reason why
+        # Slurm waits.
+        time.sleep(2.0)
         self._run("scontrol", "update", f"JobId={number}", "StartTime=now")
 
     def cancel_all(self) -> None:
