@@ -73,7 +73,9 @@ class VirtualNodes:
         port = f"p{name}"
         subprocess.run(["ip", "-n", self.switch, "link", "del", port], stderr=subprocess.DEVNULL)
         pid = self._boot(name)
-        peer = ("type", "veth", "peer", "name", "eth0", "netns", str(pid))
+        # Always the same card, or others would send to the one before for a while.
+        card = ("address", f"02:00:00:00:00:{10 + int(name[1:]):02x}")
+        peer = ("type", "veth", "peer", "name", "eth0", *card, "netns", str(pid))
         _run("ip", "-n", self.switch, "link", "add", port, *peer)
         _run("ip", "-n", self.switch, "link", "set", port, "master", "br0", "up")
         for words in (
