@@ -93,5 +93,4 @@ for step in range(30):
     optimizer.step()
     if axis.rank == 0 and (step + 1) % 10 == 0:
         print(f"step {step + 1}  loss {loss.item():.5f}  gradient norm {norm:.5f}")
-if dist.is_initialized():
-    dist.destroy_process_group()
+bigtrain.leave()

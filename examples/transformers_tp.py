@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bigtrain import apply_tensor_parallel
+import bigtrain
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", choices=("llama", "qwen2", "qwen3"), default="llama")
@@ -34,7 +34,7 @@ config = AutoConfig.for_model(
     tie_word_embeddings=kind == "qwen2",
 )
 model = AutoModelForCausalLM.from_config(config)  # or from_pretrained: weights are split as well
-apply_tensor_parallel(model, None, group)  # None: its own plan
+bigtrain.apply_tensor_parallel(model, None, group)  # None: its own plan
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 text = torch.tensor(list(torch.__doc__.encode()))  # any bytes will do
 for step in range(30):
@@ -46,5 +46,4 @@ for step in range(30):
     optimizer.step()
     if (group is None or dist.get_rank() == 0) and (step + 1) % 10 == 0:
         print(f"step {step + 1}  loss {loss.item():.5f}")
-if dist.is_initialized():
-    dist.destroy_process_group()
+bigtrain.leave()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,10 +129,36 @@ def _abort_on_error(abort: Callable[[int], None]) -> None:
 
 
 def leave() -> None:
-    """Leave the world, if this process joined one."""
+    """Leave the world, if this process joined one; the last thing that a script does.
+
+    Without it, a thread of gloo that wants to put down a tensor may find that the interpreter has
+    ended, and torch aborts a process that has done its work.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
-        gc.collect()  # gloo's threads must be joined before the interpreter ends, or it aborts
+        gc.collect()  # joins the threads of groups that nobody refers to any more
+        _let_threads_rest()
+
+
+def _let_threads_rest(most_seconds: float = 2.0) -> None:
+    """Return when no other thread of this process has anything to do (on Linux; else, after a bit).
+
+    One that waits for the interpreter seems to rest, until it gets it while we sleep: so look twice.
+    """
+    quiet, end = 0, time.monotonic() + most_seconds
+    while quiet < 2 and time.monotonic() < end:
+        time.sleep(0.005)
+        quiet = 0 if _other_threads_run() else quiet + 1
+
+
+def _other_threads_run() -> bool:
+    for path in Path("/proc/self/task").glob("[0-9]*"):
+        if int(path.name) != threading.get_native_id():
+            with contextlib.suppress(OSError):  # it has ended
+                state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+                if state == "R":
+                    return True
+    return False
 
 
 def init(
