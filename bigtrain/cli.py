@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from bigtrain.errors import BigtrainError, Stopped
+from bigtrain.errors import BigtrainError, PlanError, Stopped
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from bigtrain.config.schema import Config
     from bigtrain.launch.plan import Plan
 
@@ -62,7 +64,7 @@ def launch(
     """
     from bigtrain.comm.started import starter_of
     from bigtrain.launch.frozen import changed_since
-    from bigtrain.launch.lead import dry_lines, lead
+    from bigtrain.launch.lead import dry_lines, dry_mpi_lines, lead, lead_mpi
     from bigtrain.run_folder import open_run
 
     for pair, both in (
@@ -79,23 +81,28 @@ def launch(
                 mend=f"leave these out, or call it without {starter}",
             )
         _be_a_rank(config, overrides, resume, restart)
+    _refuse_unknown_starter(os.environ)
     try:
         read, plan = _read(config, overrides, hosts, slurm)
         if plan.start == "sbatch":
             _check_sweep(read, config, overrides, plan.num_ranks)
             raise typer.Exit(_submit(read, plan, config, resume, restart, follow, dry_run))
+        if not dry_run and (warning := changed_since(config)):
+            _say(f"warning: {warning}")
         if plan.start == "mpiexec":
             options = ["--resume"] * resume + ["--restart"] * restart
-            _start_by_mpi(read, plan, [config, *(overrides or []), *options], dry_run)
-            return
+            words = [config, *(overrides or []), *options]
+            if dry_run:
+                for line in dry_mpi_lines(read, plan, words):
+                    typer.echo(line)
+                return
+            raise typer.Exit(lead_mpi(read, plan, words))
         if follow:
             raise BigtrainError("--follow is for Slurm jobs", mend="give --slurm as well")
         if dry_run:
             for line in dry_lines(read, plan, resume):
                 typer.echo(line)
             return
-        if warning := changed_since(config):
-            _say(f"warning: {warning}")
         folder, lock = open_run(read, resume=resume, restart=restart)
     except KeyboardInterrupt:
         raise Stopped(signal.SIGINT, "stopped before any rank was started") from None
@@ -114,26 +121,20 @@ def _be_a_rank(config: str, overrides: list[str] | None, resume: bool, restart: 
     exit_now(main([config, *(overrides or []), *options]))
 
 
-def _start_by_mpi(config: Config, plan: Plan, words: list[str], dry_run: bool) -> None:
-    """Become mpiexec, whose ranks do all the rest; or tell what would be."""
-    import shlex
+def _refuse_unknown_starter(env: Mapping[str, str]) -> None:
+    """See that this is not one rank of several: each would start a world of its own.
 
-    from bigtrain.launch.lead import mpi_command
-
-    command = mpi_command(config, plan, words)
-    if dry_run:
-        typer.echo(f"{plan}\ncommand  {shlex.join(command)}")
-        return
-    _say(str(plan))
-    os.environ.update(config.launch.env)
-    try:
-        os.execvp(command[0], command)
-    except OSError as error:
-        raise BigtrainError(
-            f"could not start {command[0]}",
-            why=str(error),
-            mend="install an MPI (pip install mpich), or set launch.mpi.command",
-        ) from error
+    Raises:
+        PlanError: somebody has set RANK and WORLD_SIZE.
+    """
+    size = env.get("WORLD_SIZE", "1")
+    if "RANK" in env and size != "1":
+        raise PlanError(
+            f"RANK={env['RANK']} and WORLD_SIZE={size} are set, so this is one of {size} ranks",
+            where="environment",
+            why=f"bigtrain launch would start all ranks here, and so {size} worlds of their own",
+            mend="start python -m bigtrain.train CONFIG as each rank, or unset RANK and WORLD_SIZE",
+        )
 
 
 def _submit(
@@ -143,6 +144,7 @@ def _submit(
     from bigtrain.launch.submit import dry_script, submit
 
     if dry_run:
+        _say(str(plan))
         typer.echo(dry_script(config, source), nl=False)
         return 0
     done = submit(config, plan, source, resume=resume, restart=restart)
@@ -329,9 +331,8 @@ def jobs_cancel(
     """Cancel jobs. A run that trains saves first, within the time that Slurm gives."""
     from bigtrain.launch.jobs import cancel
 
-    for one in which:
-        for line in cancel(one):
-            typer.echo(line)
+    for line in cancel(which):
+        typer.echo(line)
 
 
 @app.command()

@@ -68,6 +68,12 @@ class LaunchError(BigtrainError):
     """Ranks could not be started, or one of them failed."""
 
 
+class PlanError(LaunchError):
+    """What is asked for does not fit what is there, or the environment makes no sense."""
+
+    exit_code = 2
+
+
 class CommError(BigtrainError):
     """A collective failed: a peer died, the network was cut, or a wait timed out."""
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from bigtrain.binding import bind, is_bound
 from bigtrain.checkpoint.manifest import checkpoint_name
-from bigtrain.comm.collectives import all_gather_object, together
+from bigtrain.comm.collectives import together
 from bigtrain.comm.init import choose_device, join, leave, set_timeout
 from bigtrain.comm.mesh import Mesh
 from bigtrain.comm.started import restart_warning, starter_of
@@ -22,7 +22,8 @@ from bigtrain.comm.world import World, read_world
 from bigtrain.config.check import describe_schedule, layout_of
 from bigtrain.config.load import load_config
 from bigtrain.config.schema import Config
-from bigtrain.errors import LaunchError, Stopped
+from bigtrain.errors import Stopped
+from bigtrain.joined import check_joined
 from bigtrain.lifetime import StopRequest
 from bigtrain.machine import threads_per_rank
 from bigtrain.models import GPT, Llama
@@ -51,6 +52,9 @@ def run(
     launched = "BIGTRAIN_LAUNCHER_PID" in os.environ
     console = setup_logging(world.rank, quiet=world.rank > 0 and not launched)
     config = load_config(config_path, overrides, world.world_size)
+    if not launched:
+        os.environ.update(config.launch.env)
+        _say_who_started(config, world)
     device = choose_device(config.run.device, world)
     _configure_torch(config, world, device)
     if config.run.kernels != "off":
@@ -58,7 +62,7 @@ def run(
     join(world, device, START_TIMEOUT_SECONDS)
     mesh = Mesh.build(layout_of(config, world.world_size), world, device)
     if not launched:
-        _check_nodes(config, mesh, world)
+        check_joined(config, mesh, world)
     with _run_folder(config, resume, restart, mesh, launched) as folder:
         trainer = Trainer(config, mesh, folder.checkpoints, stop_requested=lambda: stop.signal)
         source = trainer.resume() if resume else None
@@ -76,20 +80,14 @@ def run(
     leave()
 
 
-def _check_nodes(config: Config, mesh: Mesh, world: World) -> None:
-    """Compare the nodes of the world with launch.nodes, where another launcher has made it."""
-    everyone = all_gather_object(world.node_rank, mesh.world, "numbers of the nodes")
-    nodes = len(set(everyone))
-    if starter := starter_of():
-        log.info("started by %s: %d rank(s) on %d node(s)", starter, world.world_size, nodes)
-    least, most = config.launch.node_range or (nodes, nodes)
-    if not least <= nodes <= most:
-        raise LaunchError(
-            f"launch.nodes = {config.launch.nodes}, but the {world.world_size} ranks are on "
-            f"{nodes} node(s)",
-            why="a run on other nodes than it was meant for is refused, not made to fit",
-            mend=f"start it on as many, or set launch.nodes to {nodes} or auto",
+def _say_who_started(config: Config, world: World) -> None:
+    starter = starter_of()
+    if starter is not None:
+        log.info(
+            "started by %s as one of %d ranks, which wait for each other", starter, world.world_size
         )
+    if config.launch.container is not None and world.rank == 0:
+        log.warning("launch.container is not used: %s has started this rank where it is", starter)
 
 
 def _configure_torch(config: Config, world: World, device: torch.device) -> None:

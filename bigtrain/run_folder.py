@@ -117,8 +117,13 @@ def explained_io(path: Path) -> Iterator[None]:
 
 
 def _holds_run(folder: RunFolder) -> bool:
-    return folder.metrics.exists() or (
-        folder.checkpoints.is_dir() and any(folder.checkpoints.glob("step-*"))
+    """Tell whether a run is in the folder, or those of a sweep, whose folders are 0, 1, ..."""
+    return any(
+        one.metrics.exists() or any(one.checkpoints.glob("step-*"))
+        for one in (
+            folder,
+            *(RunFolder(p) for p in folder.path.glob("[0-9]*") if p.name.isdecimal()),
+        )
     )
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 
-from bigtrain.errors import LaunchError
+from bigtrain.errors import PlanError
 
 
 def node_names(names: str) -> list[str]:
     """Return the nodes that a list of nodes means; scontrol knows.
 
     Raises:
-        LaunchError: there is no scontrol here, or it cannot read the list.
+        PlanError: there is no scontrol here, or it cannot read the list.
     """
     try:
         done = subprocess.run(
@@ -23,7 +23,7 @@ def node_names(names: str) -> list[str]:
     except (OSError, subprocess.TimeoutExpired) as failure:
         nodes, error = [], str(failure)
     if not nodes:
-        raise LaunchError(
+        raise PlanError(
             f"scontrol cannot tell the nodes of {names!r}: {error}",
             where="environment",
             why="a Slurm job names its nodes in a list that scontrol expands",

@@ -23,7 +23,7 @@ from bigtrain.errors import LaunchError
 
 from .job import Job, Meeting
 from .local import LocalTeam, listening
-from .wire import Line, Lost
+from .wire import Line, Lost, Message
 
 _POLL_SECONDS = 0.03
 
@@ -34,6 +34,7 @@ def main() -> int:
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: signals.append(number))
+    os.environ.update(call["env"])
     try:
         os.chdir(call["folder"])
         line = _connect(call)
@@ -78,34 +79,40 @@ def _serve(line: Line, call: dict[str, Any], signals: list[int]) -> int:
     """Start ranks when told to, pass on what comes from either side, until the launcher leaves."""
     with listening("0.0.0.0") as here:
         line.say(port=here.port)
-        order = _wait_for(line, "job", call["silence"])
+        order, later = _wait_for_job(line, call["silence"])
+        if order is None:
+            return 0
         job = Job.from_message(order["job"])
         team = LocalTeam(job, order["node"], order["name"])
         meeting = Meeting(order["address"], order["port"], here.store_fd)
         try:
-            team.start(meeting)
+            team.start(meeting=meeting)
         except LaunchError as error:
             line.say(refused=str(error))
             team.close()
             return 1
     try:
-        _follow(line, team, call["silence"], signals)
+        _follow(line, team, call["silence"], signals, later)
     finally:
         team.close()
     return 0
 
 
-def _wait_for(line: Line, key: str, silence: float) -> dict[str, Any]:
+def _wait_for_job(line: Line, silence: float) -> tuple[Message | None, list[Message]]:
+    """Return what is to be started, None if nothing is, and what was said after that."""
     while True:
-        for message in line.hear():
-            if key in message:
-                return message
+        messages = line.hear()
+        for number, message in enumerate(messages):
+            if "job" in message or "over" in message:
+                return message if "job" in message else None, messages[number + 1 :]
         if line.silence > silence:
             raise Lost(f"nothing was heard for {silence:.0f} s")
         line.wait(_POLL_SECONDS * 10)
 
 
-def _follow(line: Line, team: LocalTeam, silence: float, signals: list[int]) -> None:
+def _follow(
+    line: Line, team: LocalTeam, silence: float, signals: list[int], heard: list[Message]
+) -> None:
     """Tell of ranks that end; do what the launcher says; return when it says that all is over."""
     told: set[int] = set()
     asked = by_signal = False
@@ -115,7 +122,7 @@ def _follow(line: Line, team: LocalTeam, silence: float, signals: list[int]) -> 
             if rank.code is not None and rank.rank not in told:
                 told.add(rank.rank)
                 line.say(ended=rank.rank, code=rank.code, report=rank.report)
-        for message in line.hear():
+        for message in [*heard, *line.hear()]:
             if "over" in message:
                 return
             if "end" in message:
@@ -124,6 +131,7 @@ def _follow(line: Line, team: LocalTeam, silence: float, signals: list[int]) -> 
                 if not by_signal:
                     team.ask(message["ask"])
                 asked, by_signal = True, False
+        heard = []
         if signals and not asked:  # ranks that are asked twice end at once
             asked = by_signal = True
             line.say(signal=signals[0])

@@ -43,7 +43,8 @@ def plan_of(
         known = allocation.gpus if allocation is not None else None
         gpus = known if known is not None else num_gpus(os.environ)
         ranks_per_node = max(1, gpus if config.run.device != "cpu" else 0)
-    launch = config.launch.model_copy(update={"nodes": "auto", "processes": ranks_per_node})
+    changes = {"nodes": "auto", "processes": ranks_per_node, "mpi": None}
+    launch = config.launch.model_copy(update=changes)
     config = config.model_copy(update={"launch": launch})
     return config, make_plan(config, os.environ, allocation, hosts)
 
@@ -75,7 +76,7 @@ def examine(config: Config, plan: Plan, beside: Path, quick: bool) -> Measured:
 
 
 def _team(config: Config, plan: Plan, job: Job) -> Team:
-    if plan.start == "here":
+    if plan.start == "here" and config.launch.container is None:
         return LocalTeam(job)
     # To tell how nodes differ is what ranks are started for.
     return RemoteTeam(job, plan, config.launch, stderr_line, may_differ=True)

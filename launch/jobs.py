@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bigtrain.errors import LaunchError
 
-from .slurm_commands import Ask, QueuedJob, ask_slurm, job_facts, queued_jobs
+from .slurm_commands import Ask, QueuedJob, ask_slurm, job_facts, patiently, queued_jobs
 
 _ENDED = (
     *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "NODE_FAIL"),
@@ -52,15 +52,33 @@ def chosen(wish: str, jobs: Sequence[QueuedJob]) -> list[QueuedJob]:
     return found
 
 
-def cancel(wish: str, ask: Ask = ask_slurm) -> list[str]:
-    """Cancel jobs by their number or run folder, and return a line for each.
+def cancel(wishes: Sequence[str], ask: Ask = ask_slurm) -> Iterator[str]:
+    """Cancel jobs by their numbers or run folders, and yield a line for each.
 
     A run that trains saves first: Slurm gives it KillWait seconds (30, unless the site says other).
+
+    Raises:
+        LaunchError: one of them is no job that waits or runs; all others are cancelled.
     """
-    found = chosen(wish, queued_jobs(ask))
-    numbers = list(dict.fromkeys(wish if wish == job.number else job.array for job in found))
-    ask(["scancel", *numbers])
-    return [f"cancelled {number}" for number in numbers]
+    jobs = queued_jobs(ask)
+    numbers: dict[str, QueuedJob] = {}
+    missing: LaunchError | None = None
+    for wish in wishes:
+        try:
+            for job in chosen(wish, jobs):
+                numbers[wish if wish == job.number else job.array] = job
+        except LaunchError as error:
+            missing = missing or error
+    if numbers:
+        ask(["scancel", *numbers])
+    for number in numbers:
+        yield f"cancelled {number}"
+    arrays, folders = ({getattr(j, n) for j in numbers.values()} for n in ("array", "folder"))
+    for job in jobs:  # of a chain, the next one goes on where one ends unfinished
+        if job.folder in folders and job.array not in arrays and job.reason == "Dependency":
+            yield f"job {job.number} of the same run waits for its turn, and is not cancelled"
+    if missing is not None:
+        raise missing
 
 
 def number_to_follow(wish: str, ask: Ask = ask_slurm) -> str:
@@ -93,7 +111,7 @@ def follow(
     """
     shown, before, wait = 0, "", _SHORTEST_POLL
     while True:
-        facts = job_facts(number, ask)
+        facts = patiently(lambda: job_facts(number, ask), sleep)
         state = facts.get("JobState", "UNKNOWN")
         if state != before:
             reason = facts.get("Reason", "None")

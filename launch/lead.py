@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bigtrain.config.launching import SlurmSection
 from bigtrain.config.load import dump
 from bigtrain.config.schema import Config
+from bigtrain.doctor.facts import facts_of
+from bigtrain.doctor.findings import differences
 from bigtrain.run_folder import RunFolder
 
 from .job import Job, Meeting
 from .local import LocalTeam
+from .mpi import MpiTeam, mpi_command, mpi_environment, run_by_mpi
 from .outcome import Ended
-from .plan import Plan, smaller
+from .plan import Plan, fewest_cores, smaller
 from .remote import RemoteTeam
 from .requeue import queue_again
-from .starters import starters
+from .starters import passed_on, starters
+from .time_limit import TimeLimit
 from .watch import Team, run_team, stderr_line
 
 
@@ -32,8 +37,7 @@ def make_job(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> Job
         threads=config.launch.threads_per_rank,
         resume=resume,
         env=config.launch.env,
-        # Slurm sends a signal by several ways, and kills when time is up; a person means it.
-        patient="SLURM_JOB_ID" in os.environ and not sys.stdin.isatty(),
+        patient=_is_patient(),
     )
 
 
@@ -53,24 +57,79 @@ def lead(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> int:
     Raises:
         LaunchError: ranks could not be started, or one failed; its error comes first.
     """
-    in_slurm = "SLURM_JOB_ID" in os.environ
-    before = _newest_checkpoint(folder)
+    before, is_time_up = _newest_checkpoint(folder), _time_limit(config, folder)
+    _warn(plan, folder)
     while True:
         stderr_line(str(plan))
         job = make_job(config, plan, folder, resume)
         team = make_team(config, plan, job)
         try:
-            return run_team(job, team, config.launch.stop_seconds, stderr_line)
+            return run_team(job, team, config.launch.stop_seconds, stderr_line, is_time_up)
         except Ended as ended:
             left = smaller(config, plan, ended.lost_nodes) if ended.lost_nodes else None
             if left is None or ended.asked is not None:
-                if in_slurm:
-                    saved = _newest_checkpoint(folder) > before
-                    ended = queue_again(ended, os.environ, saved, stderr_line)
-                raise ended from None
+                raise _after(ended, folder, before) from None
             stderr_line(f"{ended}\ngoing on with {len(left.nodes)} of {len(plan.nodes)} nodes")
             plan, resume = left, True
             folder.next_config.write_text(dump(config), encoding="utf-8")
+
+
+def lead_mpi(config: Config, plan: Plan, words: Sequence[str]) -> int:
+    """Have mpiexec run the ranks to their end, and return the exit code for the shell.
+
+    The ranks open the run folder themselves, as under an mpiexec of the user's; `words` are those
+    of a rank's command.
+
+    Raises:
+        LaunchError: mpiexec could not be started, or ended before the run was complete.
+    """
+    folder = RunFolder(Path(config.run.dir))
+    before, is_time_up = _newest_checkpoint(folder), _time_limit(config, folder)
+    stderr_line(str(plan))
+    patient = _is_patient()
+    env = {**mpi_environment(config, plan, os.environ), "BIGTRAIN_PATIENT": str(int(patient))}
+    team = MpiTeam(mpi_command(config, plan, words), env)
+    try:
+        return run_by_mpi(team, patient, config.launch.stop_seconds, stderr_line, is_time_up)
+    except Ended as ended:
+        raise _after(ended, folder, before) from None
+
+
+def _after(ended: Ended, folder: RunFolder, before: int) -> Ended:
+    """In a Slurm job, queue up again where that helps; return the error to end with."""
+    if not _in_slurm():
+        return ended
+    return queue_again(ended, os.environ, _newest_checkpoint(folder) > before, stderr_line)
+
+
+def _in_slurm() -> bool:
+    return "SLURM_JOB_ID" in os.environ
+
+
+def _is_patient() -> bool:
+    # Slurm sends a signal by several ways, and kills when time is up; a person means it.
+    return _in_slurm() and not sys.stdin.isatty()
+
+
+def _time_limit(config: Config, folder: RunFolder) -> Callable[[], bool]:
+    """Return what tells that the job's time is nearly up."""
+    slurm = config.launch.slurm or SlurmSection()
+    if not _in_slurm() or slurm.signal_seconds != "auto":
+        return lambda: False
+    return TimeLimit(folder, os.environ).is_near
+
+
+def _warn(plan: Plan, folder: RunFolder) -> None:
+    """Say what will not stop the run, but may spoil it."""
+    cores = fewest_cores(os.environ)
+    if plan.start != "ssh" and cores is not None and cores < plan.ranks_per_node:
+        stderr_line(
+            f"warning: {plan.ranks_per_node} ranks share {cores} processor(s) of each node\n"
+            "  mend: set launch.slurm.cpus_per_node (sbatch --cpus-per-task)"
+        )
+    if plan.start == "here":
+        for one in differences([facts_of(folder.path)]):
+            stderr_line(f"warning: {one.render()}")
 
 
 def _newest_checkpoint(folder: RunFolder) -> int:
@@ -79,13 +138,11 @@ def _newest_checkpoint(folder: RunFolder) -> int:
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-def mpi_command(config: Config, plan: Plan, words: Sequence[str]) -> list[str]:
-    """Return the command that starts all ranks by MPI; `words` are those of a rank's command."""
-    assert config.launch.mpi is not None
-    mpi = config.launch.mpi
-    count = str(plan.num_ranks)
-    rank = [sys.executable, "-m", "bigtrain.train", *words]
-    return [*mpi.command, "-n", count, *mpi.options, *rank]
+def dry_mpi_lines(config: Config, plan: Plan, words: Sequence[str]) -> list[str]:
+    """Return what `lead_mpi` would do: the plan, the environment, the command."""
+    lines = [str(plan), f"command  {shlex.join(mpi_command(config, plan, words))}"]
+    env = mpi_environment(config, plan, os.environ)
+    return [*lines, *(f"mpiexec  {name}={value}" for name, value in env.items())]
 
 
 def dry_lines(config: Config, plan: Plan, resume: bool) -> list[str]:
@@ -95,6 +152,8 @@ def dry_lines(config: Config, plan: Plan, resume: bool) -> list[str]:
     if plan.start != "here" or config.launch.container is not None:
         for command in starters(plan, config.launch, os.environ, os.getcwd()):
             lines.append(f"starts   {shlex.join(command)}")
+        if names := passed_on(plan, os.environ):
+            lines.append(f"sends    {', '.join(names)}")
     lines.append(f"command  {shlex.join(job.command())}")
     env = job.environment(0, Meeting(plan.nodes[0], 0, -1), -1, {})
     told = {name: value for name, value in env.items() if not name.startswith("BIGTRAIN_")}

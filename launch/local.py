@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -18,6 +18,7 @@ from .job import Job, Meeting
 from .outcome import Rank
 from .output import ScreenAndFile
 
+_KILLED_SECONDS = 10.0  # what the end of a process may take once it is killed
 _HEARD_LATER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -52,7 +53,7 @@ class LocalTeam:
         self._processes: list[_Process] = []
         self._screen: ScreenAndFile | None = None
 
-    def start(self, meeting: Meeting | None = None) -> None:
+    def start(self, asked: Sequence[int] = (), meeting: Meeting | None = None) -> None:
         """Start all ranks; they meet each other on this machine, unless `meeting` says where.
 
         Rank 0 is handed the listening socket of the rendezvous: no fixed port.
@@ -126,7 +127,8 @@ class LocalTeam:
         """Leave nothing behind."""
         self.end()
         for one in self._processes:
-            one.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
+                one.process.wait(_KILLED_SECONDS)
         if self._screen is not None:
             self._screen.close()
 

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bigtrain.errors import LaunchError
 
@@ -44,7 +44,8 @@ class Rank:
 class Ended(LaunchError):
     """The ranks ended before the run was complete.
 
-    asked: the first signal that we got. lost_nodes: those that are gone.
+    asked: the first signal that we got. lost_nodes: those that cannot take part, for they are gone,
+    never joined, or do not fit the others (how_lost).
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class Ended(LaunchError):
         asked: int | None,
         lost_nodes: Sequence[str] = (),
         *,
+        how_lost: Literal["gone", "absent", "unfit"] = "gone",
         why: str = "",
         mend: str = "",
     ) -> None:
         super().__init__(what, why=why, mend=mend)
-        self.exit_code, self.asked, self.lost_nodes = code, asked, tuple(lost_nodes)
+        self.exit_code, self.asked = code, asked
+        self.lost_nodes, self.how_lost = tuple(lost_nodes), how_lost
 
 
 def outcome(job: Job, ranks: Sequence[Rank], asked: Sequence[int]) -> int:

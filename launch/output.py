@@ -39,7 +39,12 @@ class ScreenAndFile:
 
     def close(self, timeout_seconds: float = 2.0) -> None:
         """Copy what is left, for a bounded time: a stray grandchild may hold the write end."""
-        self._thread.join(timeout_seconds)
+        if self._thread.ident is None:  # rank 0 was never started
+            os.close(self.write_end)
+            os.close(self._read)
+            self._file.close()
+        else:
+            self._thread.join(timeout_seconds)
 
     def _copy(self) -> None:
         rest = b""

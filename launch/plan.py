@@ -11,7 +11,7 @@ from typing import Literal
 
 from bigtrain.config.check import check
 from bigtrain.config.schema import Config
-from bigtrain.errors import LaunchError
+from bigtrain.errors import PlanError
 from bigtrain.machine import num_cores, num_gpus
 from bigtrain.slurm_lists import counts_per_node, node_names
 
@@ -60,14 +60,14 @@ def find_allocation(
     """Return the Slurm allocation that this process may start ranks in, if it is in one.
 
     Raises:
-        LaunchError: Slurm's variables contradict each other, or its commands are missing.
+        PlanError: Slurm's variables contradict each other, or its commands are missing.
     """
     if "SLURM_JOB_ID" not in env or "SLURM_JOB_NODELIST" not in env:
         return None
     nodes = expand(env["SLURM_JOB_NODELIST"])
     said = env.get("SLURM_JOB_NUM_NODES", env.get("SLURM_NNODES", ""))
     if said != str(len(nodes)):
-        raise LaunchError(
+        raise PlanError(
             f"Slurm says that job {env['SLURM_JOB_ID']} has {said or '(no number of)'} nodes, but "
             f"{env['SLURM_JOB_NODELIST']} is {len(nodes)}",
             where="environment",
@@ -100,14 +100,14 @@ def find_hosts(text: str) -> list[str]:
     """Return the machines of --hosts: names with commas between, or a file with one on each line.
 
     Raises:
-        LaunchError: a machine is named twice, or the file names none.
+        PlanError: a machine is named twice, or the file names none.
     """
     path = Path(text)
     if text and "," not in text and path.is_file():
         try:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError as error:
-            raise LaunchError(
+            raise PlanError(
                 f"--hosts {text} cannot be read: {error.strerror or error}",
                 mend="give a file that you may read, or names like a,b",
             ) from error
@@ -116,7 +116,7 @@ def find_hosts(text: str) -> list[str]:
         names = [name.strip() for name in text.split(",") if name.strip()]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or (text and not names):
-        raise LaunchError(
+        raise PlanError(
             f"--hosts {text}: " + (f"{', '.join(twice)} twice" if twice else "it names no machine"),
             why="each machine gets launch.processes ranks, and is named once",
             mend="give names like a,b, or a file with a name on each line",
@@ -130,14 +130,14 @@ def make_plan(
     """Return what to start where: on `hosts`, else in the allocation, else on this machine.
 
     Raises:
-        LaunchError: what is asked for and what is there differ; the arithmetic is shown.
+        PlanError: what is asked for and what is there differ; the arithmetic is shown.
     """
     hosts = tuple(hosts or config.launch.hosts or ())
     if config.launch.mpi is not None:
         return _by_mpi(config, env, allocation, hosts)
     if hosts:
         if config.launch.processes == "auto" and config.parallel.dp == "auto":
-            raise LaunchError(
+            raise PlanError(
                 "nothing says how many ranks each host gets",
                 why="their GPUs cannot be counted from here",
                 mend="set launch.processes (ranks of each), or parallel.dp",
@@ -150,7 +150,7 @@ def make_plan(
         return _on(config, env, found, start, allocation.nodes, allocation)
     least, _ = config.launch.node_range or (1, 1)
     if least > 1:
-        raise LaunchError(
+        raise PlanError(
             f"launch.nodes = {config.launch.nodes}, but this is one machine",
             why="there is no Slurm allocation around this process, and no hosts are given",
             mend="submit it (bigtrain launch CONFIG --slurm), name machines (--hosts a,b), or set "
@@ -167,7 +167,7 @@ def _by_mpi(
 ) -> Plan:
     """Return the plan of ranks that MPI places: how many there are is all that we say."""
     if hosts:
-        raise LaunchError(
+        raise PlanError(
             "launch.mpi and hosts exclude each other",
             why="mpiexec places ranks itself",
             mend="name the hosts in launch.mpi.options: [-hosts, 'a,b'] of MPICH, "
@@ -191,7 +191,7 @@ def _on(
     least, most = config.launch.node_range or (len(nodes), len(nodes))
     if not least <= len(nodes) <= most:
         asked = config.launch.nodes
-        raise LaunchError(
+        raise PlanError(
             f"launch.nodes = {asked}, but {found} has {len(nodes)}: {shortened(nodes)}",
             why="a run on other nodes than it was meant for is refused, not made to fit",
             mend=f"ask for {asked} nodes, or set launch.nodes to {len(nodes)} or auto",
@@ -209,7 +209,7 @@ def _on(
 def _largest(config: Config, plan: Callable[[int], Plan], least: int, most: int) -> Plan:
     """Return the plan of the most nodes whose ranks can share out the model and the batch."""
     for count in range(most, least - 1, -1):
-        with contextlib.suppress(LaunchError):  # degrees that so many nodes cannot share
+        with contextlib.suppress(PlanError):  # degrees that so many nodes cannot share
             if not check(config, plan(count).num_ranks):
                 return plan(count)
     return plan(most)  # and what is wrong with it will be told
@@ -233,7 +233,7 @@ def ranks_per_node(
     Of those, as many as make whole replicas of the model, and at least one replica.
 
     Raises:
-        LaunchError: the degrees cannot be shared by the nodes.
+        PlanError: the degrees cannot be shared by the nodes.
     """
     parallel = config.parallel
     if config.launch.processes != "auto":
@@ -242,7 +242,7 @@ def ranks_per_node(
     if parallel.dp != "auto":
         world = per_replica * int(parallel.dp)
         if world % num_nodes:
-            raise LaunchError(
+            raise PlanError(
                 f"{world} ranks cannot be shared by {num_nodes} nodes: {world} / {num_nodes} = "
                 f"{world / num_nodes:.2f}",
                 why=f"pp={parallel.pp} x dp={parallel.dp} x cp={parallel.cp} x tp={parallel.tp} = "

@@ -22,7 +22,7 @@ from bigtrain.errors import LaunchError
 from .job import Job
 from .outcome import Ended, Rank, last_lines
 from .plan import Plan, shortened
-from .starters import starters
+from .starters import passed_on, starters
 from .wire import PULSE_SECONDS, Line, Lost, addresses_towards
 
 _SUSPECT_SECONDS = 4 * PULSE_SECONDS  # of silence, once other ranks have lost their peers
@@ -63,17 +63,18 @@ class RemoteTeam:
 
     # -- beginning -----------------------------------------------------------------------------
 
-    def start(self) -> None:
+    def start(self, asked: Sequence[int] = ()) -> None:
         """Start an agent on every node, wait for all, and have them start their ranks.
 
         Raises:
             LaunchError: a node did not join in time, or its agent could not start a rank.
+            Ended: also if a signal came before all had joined.
         """
         with socket.socket() as listener:
             listener.bind(("0.0.0.0", 0))
             listener.listen(len(self.plan.nodes) + 16)
             self._call(listener.getsockname()[1])
-            self._gather(listener)
+            self._gather(listener, asked)
         if not self.may_differ:
             self._examine()
         head = self._agents[0]
@@ -98,7 +99,8 @@ class RemoteTeam:
         if serious:
             text = "\n".join(one.render() for one in serious)
             odd = {node for one in serious for node in one.nodes}
-            raise Ended(1, text, None, [node for node in self.plan.nodes if node in odd])
+            unfit = [node for node in self.plan.nodes if node in odd]
+            raise Ended(1, text, None, unfit, how_lost="unfit")
 
     def _head_address(self) -> str:
         """Return an address of the first node, which means the same on all nodes.
@@ -123,6 +125,7 @@ class RemoteTeam:
             "secret": self._secret,
             "folder": os.getcwd(),
             "silence": self.launch.silence_seconds,
+            "env": passed_on(self.plan, os.environ),
         }
         commands = starters(self.plan, self.launch, os.environ, os.getcwd())
         for number, command in enumerate(commands):
@@ -146,7 +149,7 @@ class RemoteTeam:
                 process.stdin.write(json.dumps(mine).encode() + b"\n")
                 process.stdin.close()
 
-    def _gather(self, listener: socket.socket) -> None:
+    def _gather(self, listener: socket.socket, asked: Sequence[int]) -> None:
         """Return when all nodes have joined and say on what port ranks can meet."""
         end = time.monotonic() + self.launch.join_seconds
         listener.settimeout(0.1)
@@ -159,6 +162,9 @@ class RemoteTeam:
             for agent in self._agents.values():
                 for message in self._hear(agent):
                     agent.port = message.get("port", agent.port)
+            if asked:
+                text = f"stopped by {signal.Signals(asked[0]).name} before any rank was started"
+                raise Ended(128 + asked[0], text, asked[0])
             ended = [p for p in self._starters if p.poll() not in (None, 0)]
             if ended or time.monotonic() > end or any(a.gone for a in self._agents.values()):
                 raise self._incomplete(ended)
@@ -204,6 +210,7 @@ class RemoteTeam:
             f"{count - len(missing)} of {count} nodes joined; {shortened(missing)} did not",
             None,
             missing,
+            how_lost="absent",
             why=f"{why}; it was said:\n{last_lines(self._log, start=self._log_start)}",
             mend="see whether those nodes are up, have this folder and this Python "
             f"({sys.executable}), and can open connections to this machine",

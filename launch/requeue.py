@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping
-from typing import TypeVar
 
 from bigtrain.errors import LaunchError
 
 from .outcome import Ended
-from .slurm_commands import Ask, ask_slurm, job_facts
-
-T = TypeVar("T")
+from .slurm import seconds_of
+from .slurm_commands import Ask, ask_slurm, job_facts, patiently
 
 _PREEMPTED = "pre-empted"
 _MOST_VAIN_RESTARTS = 3
-_TRIES, _PAUSE_SECONDS = 4, 5.0
 UNFINISHED = 75  # EX_TEMPFAIL: all is well, start it again
 
 
@@ -40,8 +38,8 @@ def queue_again(
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(number, signal.SIG_IGN)
     try:
-        facts = _patiently(lambda: job_facts(job, ask), sleep)
-        reason = _reason(ended, facts)
+        facts = patiently(lambda: job_facts(job, ask), sleep)
+        reason = _reason(ended, facts, env)
         if reason is None or facts.get("BatchFlag") == "0":  # of salloc, somebody is there to see
             return ended
         if not progressed and not _may_try_again(ended, reason, env):
@@ -52,7 +50,7 @@ def queue_again(
             say(f"{reason}: it may not queue up again by itself (launch.slurm.requeue)")
         else:
             say(f"{reason}: job {job} queues up again, and goes on from its last checkpoint")
-            _patiently(lambda: ask(["scontrol", "requeue", job]), sleep)
+            patiently(lambda: ask(["scontrol", "requeue", job]), sleep)
     except LaunchError as error:
         say(f"job {job} could not be requeued: {error}")
     return ended
@@ -65,15 +63,33 @@ def job_number(env: Mapping[str, str]) -> str:
     return env["SLURM_JOB_ID"]
 
 
-def _reason(ended: Ended, facts: Mapping[str, str]) -> str | None:
-    if facts.get("JobState", "").startswith("CANCELLED"):
-        return None  # somebody wants it to end, whatever happened besides
+def _reason(ended: Ended, facts: Mapping[str, str], env: Mapping[str, str]) -> str | None:
+    if facts.get("JobState", "RUNNING") != "RUNNING" and not _is_over_time(facts):
+        return None  # it is cancelled, whatever happened besides, or Slurm queues it again itself
     if ended.asked == signal.SIGUSR1:
         return "time is nearly up"
-    if ended.lost_nodes:
+    if ended.lost_nodes and _may_have_died(ended, env):
         return f"lost {', '.join(ended.lost_nodes)}"
     preempted = facts.get("PreemptTime", "None") not in ("None", "Unknown", "(null)")
     return _PREEMPTED if ended.asked == signal.SIGTERM and preempted else None
+
+
+def _is_over_time(facts: Mapping[str, str]) -> bool:
+    """Tell whether Slurm ends the job because its time is up, when it says COMPLETING."""
+    took, limit = (facts.get(name, "") for name in ("RunTime", "TimeLimit"))
+    known = all(re.fullmatch(r"(\d+-)?\d+:\d+:\d+", time) for time in (took, limit))
+    return known and seconds_of(took) >= seconds_of(limit)
+
+
+def _may_have_died(ended: Ended, env: Mapping[str, str]) -> bool:
+    """Tell a node that is gone from one that was never fit to take part.
+
+    Who has not joined at all is dead only where all have once joined; else something is wrong with
+    how nodes are set up, which is so the next time as well.
+    """
+    return ended.how_lost == "gone" or (
+        ended.how_lost == "absent" and env.get("SLURM_RESTART_COUNT", "0") != "0"
+    )
 
 
 def _may_try_again(ended: Ended, reason: str, env: Mapping[str, str]) -> bool:
@@ -81,12 +97,3 @@ def _may_try_again(ended: Ended, reason: str, env: Mapping[str, str]) -> bool:
     restarts = env.get("SLURM_RESTART_COUNT", "0")
     few = restarts.isdecimal() and int(restarts) < _MOST_VAIN_RESTARTS
     return reason == _PREEMPTED or (bool(ended.lost_nodes) and few)
-
-
-def _patiently(do: Callable[[], T], sleep: Callable[[float], None]) -> T:
-    """Ask a busy Slurm a few times: many jobs may be at their limit at the same time."""
-    for _ in range(_TRIES - 1):
-        with contextlib.suppress(LaunchError):
-            return do()
-        sleep(_PAUSE_SECONDS)
-    return do()

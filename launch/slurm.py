@@ -12,7 +12,7 @@ from typing import Any
 from bigtrain.config.launching import SlurmSection
 from bigtrain.config.schema import Config
 from bigtrain.config.yaml_tree import write_value
-from bigtrain.errors import LaunchError
+from bigtrain.errors import PlanError
 
 from .plan import Allocation, Plan, make_plan
 
@@ -38,7 +38,7 @@ def allocation_of(config: Config) -> Allocation:
     """Return what the job will be given, as far as ranks are counted by it.
 
     Raises:
-        LaunchError: nothing says how many ranks a node gets.
+        PlanError: nothing says how many ranks a node gets.
     """
     launch, slurm = config.launch, config.launch.slurm or SlurmSection()
     _, nodes = launch.node_range or (1, 1)
@@ -48,7 +48,7 @@ def allocation_of(config: Config) -> Allocation:
         or launch.processes != "auto"
         or config.parallel.dp != "auto"
     ):
-        raise LaunchError(
+        raise PlanError(
             "nothing says how many ranks each node of the Slurm job gets",
             why="the nodes are not known here, so their GPUs cannot be counted",
             mend="set launch.slurm.gpus_per_node or launch.slurm.cpus_per_node (a rank for each), "
@@ -62,7 +62,7 @@ def make_submission(config: Config) -> Plan:
     """Return the plan of the job that Slurm is asked for.
 
     Raises:
-        LaunchError: nothing says how many ranks a node gets.
+        PlanError: nothing says how many ranks a node gets.
     """
     return replace(make_plan(config, {}, allocation_of(config)), start="sbatch")
 
@@ -86,6 +86,10 @@ def render(config: Config, script: Script) -> str:
 
 def _options(config: Config, script: Script) -> Iterator[str]:
     slurm, tasks = config.launch.slurm or SlurmSection(), len(combinations(config))
+    cpus = slurm.cpus_per_node
+    if cpus is None and not slurm.exclusive and not slurm.gpus_per_node:
+        # One is all that a task gets unasked; for GPUs, sites set how many go with each.
+        cpus = make_submission(config).ranks_per_node
     least, most = config.launch.node_range or (1, 1)
     folder = Path(config.run.dir)
     yield f"--job-name={_quoted(slurm.job_name or folder.name)}"
@@ -95,7 +99,7 @@ def _options(config: Config, script: Script) -> Iterator[str]:
         yield "--ntasks-per-node=1"
     wishes: list[tuple[str, Any]] = [
         # With tasks, Slurm takes the least nodes of a range, and not the most that are free.
-        ("cpus-per-task" if most == least else "mincpus", slurm.cpus_per_node),
+        ("cpus-per-task" if most == least else "mincpus", cpus),
         ("gpus-per-node", slurm.gpus_per_node),
         ("mem", slurm.mem),
         ("time", slurm.time),
@@ -129,14 +133,14 @@ def lead_seconds(config: Config, script: Script) -> int:
     """Return how long before its time limit the job is to save and end.
 
     Raises:
-        LaunchError: that is longer than the job may take.
+        PlanError: that is longer than the job may take.
     """
     slurm = config.launch.slurm or SlurmSection()
     wanted = slurm.signal_seconds
     lead = script.lead_seconds if wanted == "auto" else int(wanted)
     limit = seconds_of(slurm.time) if slurm.time else None
     if limit is not None and lead >= limit:
-        raise LaunchError(
+        raise PlanError(
             f"launch.slurm.time is {limit} s, and {lead} s before its end the run is to save",
             why="no time is left for the run itself",
             mend="ask for more time, or set launch.slurm.signal_seconds to what saving takes",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from bigtrain.errors import LaunchError
 
 from .slurm import COMMENT
 
+T = TypeVar("T")
 Ask = Callable[[Sequence[str]], str]
 _PATIENCE_SECONDS = 60
+_TRIES, _PAUSE_SECONDS = 4, 5.0
 _FORMAT = "%i|%F|%T|%M|%l|%D|%r|%k"
 
 
@@ -49,6 +53,15 @@ def ask_slurm(command: Sequence[str]) -> str:
     return done.stdout
 
 
+def patiently(do: Callable[[], T], sleep: Callable[[float], None]) -> T:
+    """Ask a busy Slurm a few times: many jobs may be at their limit at the same time."""
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(LaunchError):
+            return do()
+        sleep(_PAUSE_SECONDS)
+    return do()
+
+
 @dataclass(frozen=True)
 class QueuedJob:
     """A job of bigtrain that waits or runs."""
@@ -61,10 +74,6 @@ class QueuedJob:
     nodes: str
     reason: str
     folder: str  # of the run
-
-    @property
-    def has_ended(self) -> bool:
-        return self.state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED")
 
 
 def queued_jobs(ask: Ask = ask_slurm) -> list[QueuedJob]:

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from bigtrain.config.launching import ContainerSection, LaunchSection
-from bigtrain.errors import LaunchError
+from bigtrain.errors import PlanError
 
 from .plan import Plan, fewest_cores
 
 _AGENT = ("-m", "bigtrain.launch.agent")
-# What agents started over ssh get from here; srun passes the whole environment on.
-_PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "XDG_CACHE_HOME")
+# What Python itself needs on a host, and what ranks get from here. srun passes all on.
+_TO_START = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+_PASSED_ON = ("XDG_CACHE_HOME",)
 _OF_THIS_MACHINE = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _PREFIXES = ("BIGTRAIN_", "OMP_", "GLOO_", "NCCL_", "CUDA_", "TORCH_", "HF_")
 
@@ -27,27 +28,38 @@ def starters(
     in containers too.
 
     Raises:
-        LaunchError: pyxis is wanted where there is no srun.
+        PlanError: pyxis is wanted where there is no srun.
     """
     container = launch.container
     agent = _in_container(container, folder)
     if plan.start == "srun":
         return [[*_srun(plan, env), *_pyxis(container, folder), *agent]]
     if container is not None and container.kind == "pyxis":
-        raise LaunchError(
+        raise PlanError(
             f"launch.container.kind = pyxis, but ranks are started by {plan.start}",
             why="pyxis is a plugin of Slurm's srun",
             mend="submit it (bigtrain launch CONFIG --slurm), or set kind: apptainer",
         )
     if plan.start == "here":
         return [agent]
-    kept = [
-        f"{name}={value}"
-        for name, value in sorted(env.items())
-        if name in _PASSED_ON or (name.startswith(_PREFIXES) and name not in _OF_THIS_MACHINE)
-    ]
+    kept = [f"{name}={env[name]}" for name in _TO_START if name in env]
     words = shlex.join(["env", *kept, *agent])
     return [[*launch.ssh, node, words] for node in plan.nodes]
+
+
+def passed_on(plan: Plan, env: Mapping[str, str]) -> dict[str, str]:
+    """Return what ranks on other hosts get of our environment.
+
+    It goes by the agents' standard input: words of a command are seen by every user of a machine,
+    and some of these are secrets.
+    """
+    if plan.start != "ssh":
+        return {}
+    return {
+        name: value
+        for name, value in sorted(env.items())
+        if name in _PASSED_ON or (name.startswith(_PREFIXES) and name not in _OF_THIS_MACHINE)
+    }
 
 
 def _srun(plan: Plan, env: Mapping[str, str]) -> list[str]:
@@ -59,6 +71,8 @@ def _srun(plan: Plan, env: Mapping[str, str]) -> list[str]:
         *("--cpus-per-task", cores, "--cpu-bind=none", "--overlap"),
         # Some sites submit with --export=NONE; agents are no tasks of MPI, whatever the default.
         *("--export=ALL", "--mpi=none", "--kill-on-bad-exit=0", "--input=all"),
+        # A node that is lost is for us to notice: Slurm would end the agents of all others.
+        "--no-kill",
     ]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from bigtrain.config.schema import Config
 from bigtrain.errors import LaunchError
@@ -14,8 +15,9 @@ from bigtrain.run_folder import RunFolder, explained_io, open_run
 
 from .frozen import freeze, frozen_path
 from .plan import Plan
-from .slurm import FIRST_LEAD_SECONDS, Script, measured_lead, render
+from .slurm import FIRST_LEAD_SECONDS, Script, render
 from .slurm_commands import Ask, ask_slurm, queued_jobs
+from .time_limit import Saving
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def submit(
     """Freeze the config, write the script into the run folder, and submit it.
 
     Raises:
-        LaunchError: a job of this run is queued already; sbatch is not there, or refuses.
+        LaunchError: a job of this run is queued already, or it is another sweep that is resumed;
+            sbatch is not there, or refuses.
         RunFolderError: the folder holds a run, and neither `resume` nor `restart` is given.
     """
     folder = Path(config.run.dir)
@@ -50,6 +53,8 @@ def submit(
                 why="two jobs in one run folder would overwrite each other",
                 mend=f"bigtrain jobs cancel {job.number}, or take another run.dir",
             )
+    if resume:
+        _check_resumed_sweep(config)
     _, lock = open_run(config, resume=resume, restart=restart)
     with lock:
         RunFolder(folder).next_config.unlink(missing_ok=True)  # the job will write it
@@ -83,14 +88,23 @@ def _hand_in(config: Config, path: Path, ask: Ask) -> list[str]:
 
 def _lead(config: Config) -> int:
     """Return the seconds that saving needs before the time limit, by what this run has measured."""
-    saves, steps = [0.0], [0.0]
-    with contextlib.suppress(OSError), open(RunFolder(Path(config.run.dir)).metrics) as lines:
-        for line in lines:
-            with contextlib.suppress(ValueError, AttributeError, TypeError):  # cut by a crash
-                record = json.loads(line)
-                saves.append(float(record.get("save_seconds", 0)))
-                if record.get("items_per_second"):
-                    steps.append(record["items"] / record["items_per_second"])
-    if max(saves) == 0:
-        return FIRST_LEAD_SECONDS
-    return measured_lead(max(saves), max(steps))
+    return Saving(RunFolder(Path(config.run.dir))).lead() or FIRST_LEAD_SECONDS
+
+
+def _check_resumed_sweep(config: Config) -> None:
+    """See that each job of a resumed sweep goes on with the values that its folder is of.
+
+    Raises:
+        LaunchError: the sweep is another one.
+    """
+    now = config.launch.slurm.sweep if config.launch.slurm else {}
+    before = now
+    with contextlib.suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
+        frozen = yaml.safe_load(frozen_path(config).read_text(encoding="utf-8"))
+        before = (frozen["launch"].get("slurm") or {}).get("sweep") or {}
+    if now != before:
+        raise LaunchError(
+            f"{config.run.dir} holds another sweep: {before or 'none'}",
+            why="its jobs would go on from checkpoints that were trained with other values",
+            mend="give the same launch.slurm.sweep, --restart to begin anew, or another run.dir",
+        )

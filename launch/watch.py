@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from .job import Job
@@ -14,6 +14,7 @@ from .outcome import Rank, outcome
 
 _POLL_SECONDS = 0.03
 _END_SECONDS = 3.0  # from SIGTERM to SIGKILL once a rank has failed
+_KILLED_SECONDS = 30.0  # after which a rank that was killed is stuck in the kernel
 # What we are sent, and what the ranks are sent for it.
 _SIGNALS = {
     int(signal.SIGINT): signal.SIGINT,
@@ -27,8 +28,11 @@ class Team(Protocol):
 
     ranks: list[Rank]
 
-    def start(self) -> None:
-        """Start all ranks, which `update` then follows."""
+    def start(self, asked: Sequence[int] = ()) -> None:
+        """Start all ranks, which `update` then follows.
+
+        asked: the signals that came meanwhile; where starting waits for others, it gives up on one.
+        """
 
     def update(self) -> None:
         """Note which ranks have ended, and how."""
@@ -68,12 +72,19 @@ class Asked:
         return [_SIGNALS[number] for number in self.numbers]
 
 
-def run_team(job: Job, team: Team, stop_seconds: float, say: Callable[[str], None]) -> int:
+def run_team(
+    job: Job,
+    team: Team,
+    stop_seconds: float,
+    say: Callable[[str], None],
+    is_time_up: Callable[[], bool] = lambda: False,
+) -> int:
     """Run the ranks to their end and return the exit code for the shell.
 
     SIGINT, SIGTERM and SIGUSR1 are passed on to the ranks, which finish their step and save; a
     second one, or `stop_seconds`, ends them. When a rank fails, all others end within 5 seconds.
     Of a patient job more signals change nothing: who sends them (Slurm) kills it when time is up.
+    `is_time_up`, once true, is as SIGUSR1.
 
     Raises:
         LaunchError: ranks could not be started, or one failed; its error comes first.
@@ -81,26 +92,34 @@ def run_team(job: Job, team: Team, stop_seconds: float, say: Callable[[str], Non
     asked = Asked()
     with asked.listen():
         try:
-            team.start()
-            _watch(team, asked, stop_seconds, say, job.patient)
+            team.start(asked.numbers)
+            watch(team, asked, stop_seconds, say, job.patient, is_time_up)
         finally:
             team.close()
         return outcome(job, team.ranks, asked.numbers)
 
 
-def _watch(
-    team: Team, asked: Asked, stop_seconds: float, say: Callable[[str], None], patient: bool
+def watch(
+    team: Team,
+    asked: Asked,
+    stop_seconds: float,
+    say: Callable[[str], None],
+    patient: bool,
+    is_time_up: Callable[[], bool],
 ) -> None:
     """Wait for all ranks; pass signals on; end all when one fails or time is up."""
     passed_on = 0
     failed = False
     deadline: float | None = None
+    killed: float | None = None
     while True:
         team.update()
         running = [rank for rank in team.ranks if rank.code is None]
         if not running:
             return
         now = time.monotonic()
+        if not asked.numbers and is_time_up():
+            asked.numbers.append(signal.SIGUSR1)
         if len(asked.numbers) > passed_on:
             passed_on += 1
             if passed_on == 1:
@@ -121,6 +140,10 @@ def _watch(
             for rank in running:
                 rank.ended_by_us = True
             team.end()
+            killed = killed or now
+        if killed is not None and now >= killed + _KILLED_SECONDS:
+            for rank in running:
+                rank.code, rank.lost = 1, "it does not end, though it was killed: see dmesg there"
         time.sleep(_POLL_SECONDS)
 
 

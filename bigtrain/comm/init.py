@@ -21,7 +21,7 @@ from bigtrain.comm.mesh import Mesh
 from bigtrain.comm.started import adopt, interface_towards
 from bigtrain.comm.world import World, read_world
 from bigtrain.config.layout import Layout
-from bigtrain.errors import CommError, LaunchError
+from bigtrain.errors import CommError, PlanError
 
 _SOMEWHERE = "192.0.2.1"  # in no network: the way there is that of the default route
 
@@ -30,13 +30,13 @@ def choose_device(wanted: str, world: World) -> torch.device:
     """Return this rank's device; `wanted` is auto, cpu or cuda.
 
     Raises:
-        LaunchError: CUDA is asked for and missing, or a node has more ranks than GPUs.
+        PlanError: CUDA is asked for and missing, or a node has more ranks than GPUs.
     """
     available = torch.cuda.is_available()
     if wanted == "cpu" or (wanted == "auto" and not available):
         return torch.device("cpu")
     if not available:
-        raise LaunchError(
+        raise PlanError(
             "run.device is cuda, but torch sees no GPU",
             why=f"torch {torch.__version__} on this machine, "
             f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '(unset)')}",
@@ -47,7 +47,7 @@ def choose_device(wanted: str, world: World) -> torch.device:
     if count == 1 and a_task:  # srun --gpus-per-task: it sees its own alone
         return torch.device("cuda", 0)
     if world.local_world_size > count:
-        raise LaunchError(
+        raise PlanError(
             f"{world.local_world_size} ranks on this node, but {count} GPUs",
             why="every rank needs a GPU of its own",
             mend=f"start at most {count} ranks a node, or set run.device=cpu",
@@ -141,9 +141,9 @@ def leave() -> None:
 
 
 def _let_threads_rest(most_seconds: float = 2.0) -> None:
-    """Return when no other thread of this process has anything to do (on Linux; else, after a bit).
+    """Return when no other thread of this process has anything to do (elsewhere: after a bit).
 
-    One that waits for the interpreter seems to rest, until it gets it while we sleep: so look twice.
+    One that waits for the interpreter seems to rest, until it gets that while we sleep: look twice.
     """
     quiet, end = 0, time.monotonic() + most_seconds
     while quiet < 2 and time.monotonic() < end:
@@ -170,7 +170,7 @@ def init(
     `python` work. Without a layout, every rank is data parallel. Call `leave()` at the end.
 
     Raises:
-        LaunchError: the environment makes no sense, or the layout is for another world size.
+        PlanError: the environment makes no sense, or the layout is for another world size.
         CommError: not all ranks came in time.
     """
     started = adopt()

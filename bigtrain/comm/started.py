@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bigtrain.errors import LaunchError
+from bigtrain.errors import PlanError
 from bigtrain.slurm_lists import counts_per_node, node_names
 
 Starter = Literal["torchrun", "srun", "mpiexec"]
@@ -49,12 +49,28 @@ def starter_of(env: Mapping[str, str] = os.environ) -> Starter | None:
     if "RANK" in env and "TORCHELASTIC_RUN_ID" in env:
         return "torchrun"
     tasks = _count(env, "SLURM_STEP_NUM_TASKS")
-    is_task = tasks > 1 and _count(env, "SLURM_STEP_ID", 0) < _NOT_A_TASK
+    is_task = tasks > 1 and _in_step(env) and not _at_terminal(env)
     # mpiexec in a Slurm job starts its helpers by srun, one on each node.
     size = max(_count(env, name) for name in _MPI_SIZES)
     if size > 1 and not (is_task and tasks == size):
         return "mpiexec"
     return "srun" if is_task else None
+
+
+def num_nodes_given(env: Mapping[str, str] = os.environ) -> int | None:
+    """Return how many nodes Slurm has given to the step of this process, else to its job."""
+    name = "SLURM_STEP_NUM_NODES" if _in_step(env) else "SLURM_JOB_NUM_NODES"
+    return _count(env, name) or None
+
+
+def _in_step(env: Mapping[str, str]) -> bool:
+    return _count(env, "SLURM_STEP_ID", _NOT_A_TASK) < _NOT_A_TASK
+
+
+def _at_terminal(env: Mapping[str, str]) -> bool:
+    """Tell whether somebody types: in the shell of srun --pty, which is a task, but no rank."""
+    in_shell = "SLURM_PTY_PORT" in env and env.get("SLURM_TASK_PID") != str(os.getpid())
+    return in_shell and sys.stdin is not None and sys.stdin.isatty()
 
 
 def restart_warning(env: Mapping[str, str] = os.environ) -> str | None:
@@ -74,7 +90,7 @@ def adopt(env: MutableMapping[str, str] = os.environ) -> Started | None:
     Under mpiexec communicates two small messages, by MPI.
 
     Raises:
-        LaunchError: what the starter says does not fit together, or mpi4py is missing.
+        PlanError: what the starter says does not fit together, or mpi4py is missing.
     """
     if "BIGTRAIN_LAUNCHER_PID" in env:
         return None
@@ -94,11 +110,11 @@ def slurm_names(
     """Return torchrun's names for a task of srun. What the user has set of the address stays.
 
     Raises:
-        LaunchError: a variable of Slurm is missing or makes no sense.
+        PlanError: a variable of Slurm is missing or makes no sense.
     """
     missing = [name for name in _OF_A_TASK if not env.get(name)]
     if missing:
-        raise LaunchError(
+        raise PlanError(
             f"this is a task of srun, but {', '.join(missing)} is not set",
             where="environment",
             why="they say which rank this process is",
@@ -107,7 +123,7 @@ def slurm_names(
     node = _count(env, "SLURM_NODEID", 0)
     per_node = counts_per_node(env["SLURM_STEP_TASKS_PER_NODE"])
     if node >= len(per_node):
-        raise LaunchError(
+        raise PlanError(
             f"SLURM_NODEID={node}, but SLURM_STEP_TASKS_PER_NODE="
             f"{env['SLURM_STEP_TASKS_PER_NODE']} is for {len(per_node)} node(s)",
             where="environment",
@@ -135,7 +151,7 @@ def _adopt_mpi(env: MutableMapping[str, str]) -> Started:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # no mpi4py, or no MPI that it can load
-        raise LaunchError(
+        raise PlanError(
             "mpiexec has started this process, but mpi4py cannot be imported",
             why=f"it says which rank this is: {error}",
             mend="pip install 'bigtrain[mpi]', or start ranks with torchrun or srun",
@@ -143,7 +159,7 @@ def _adopt_mpi(env: MutableMapping[str, str]) -> Started:
     comm = MPI.COMM_WORLD
     said = max(_count(env, name) for name in _MPI_SIZES)
     if comm.size != said:
-        raise LaunchError(
+        raise PlanError(
             f"mpiexec has started {said} processes, but mpi4py knows of {comm.size}",
             why=f"they are of different MPIs; mpi4py uses {MPI.Get_library_version().strip()[:60]}",
             mend="start it with the mpiexec of that MPI, or build mpi4py for the other one",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bigtrain.errors import LaunchError
+from bigtrain.errors import PlanError
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ def read_world(env: Mapping[str, str] = os.environ) -> World:
     """Return this process's place, from RANK, WORLD_SIZE and so on as torchrun names them.
 
     Raises:
-        LaunchError: some are set and some are not, or a value makes no sense.
+        PlanError: some are set and some are not, or a value makes no sense.
     """
     if "RANK" not in env and "WORLD_SIZE" not in env:
         return World()
@@ -33,7 +33,7 @@ def read_world(env: Mapping[str, str] = os.environ) -> World:
     local_world_size = _number(env, "LOCAL_WORLD_SIZE", default=world_size)
     node_rank = _number(env, "GROUP_RANK", default=0)
     if not 0 <= rank < world_size or not 0 <= local_rank < local_world_size <= world_size:
-        raise LaunchError(
+        raise PlanError(
             f"RANK={rank} WORLD_SIZE={world_size} LOCAL_RANK={local_rank} "
             f"LOCAL_WORLD_SIZE={local_world_size} do not fit together",
             where="environment",
@@ -48,7 +48,7 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     if text is None and default is not None:
         return default
     if text is None or not text.strip().isdecimal() or len(text) > 9:
-        raise LaunchError(
+        raise PlanError(
             f"{name} is {'not set' if text is None else repr(text)}",
             where="environment",
             why="RANK and WORLD_SIZE together say which rank this process is",

@@ -355,8 +355,19 @@ def _zero(config: Config, world_size: int | None) -> Iterator[Problem]:
         )
 
 
+def _one_starter(config: Config, world_size: int | None) -> Iterator[Problem]:
+    if config.launch.mpi is not None and config.launch.container is not None:
+        yield Problem(
+            "launch.mpi and launch.container exclude each other",
+            why="mpiexec starts the ranks, and would start them outside of the image",
+            mend="call mpiexec inside of the image, or have bigtrain start the ranks (mpi: null)",
+            keys=("launch.container", "launch.mpi"),
+        )
+
+
 RULES: tuple[Rule, ...] = (
     _axes_that_exist,
+    _one_starter,
     _world,
     _batch,
     _heads,

@@ -17,6 +17,7 @@ from typing import Any
 from bigtrain.machine import num_cores, num_gpus
 
 PACKAGES = ("bigtrain", "torch", "numpy")
+DRIVER = "NVIDIA driver"
 _DRIVER = Path("/proc/driver/nvidia/version")
 _CPU_INFO = Path("/proc/cpuinfo")
 _SHM = Path("/dev/shm")
@@ -54,7 +55,7 @@ def versions() -> dict[str, str]:
     found["code"] = code_digest(Path(__file__).resolve().parents[1])
     with contextlib.suppress(OSError, IndexError):
         words = _DRIVER.read_text().splitlines()[0].split("  ")
-        found["NVIDIA driver"] = words[1].split()[0]
+        found[DRIVER] = words[1].split()[0]
     return found
 
 

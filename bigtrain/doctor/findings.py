@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from bigtrain.doctor.facts import DRIVER
 from bigtrain.doctor.measured import Device, Link, Measured
 from bigtrain.errors import Problem
 
@@ -153,7 +154,8 @@ def _version(what: str, having: Mapping[str, Sequence[str]]) -> Finding:
     if what == "code":
         mend = f"bring the checkout or the package on {named(odd)} up to date"
     why = "ranks that do not run the same may fail in the middle, or give other numbers"
-    return Finding("versions", f"{title} is {'; '.join(parts)}", why, mend, culprits)
+    kind = "driver" if what == DRIVER else "versions"  # which a run may live with
+    return Finding(kind, f"{title} is {'; '.join(parts)}", why, mend, culprits)
 
 
 def _clocks(
@@ -278,7 +280,7 @@ def slow_devices(devices: Sequence[Device]) -> list[tuple[Device, float]]:
 
 
 def _devices(measured: Measured) -> list[Finding]:
-    found = []
+    found = _idle_gpus(measured)
     for device in measured.devices:
         if device.fault:
             name = measured.nodes[device.node].name
@@ -296,6 +298,24 @@ def _devices(measured: Measured) -> list[Finding]:
             mend = f"on {name}: nvidia-smi -q -d PERFORMANCE,TEMPERATURE, and who else uses it"
         found.append(Finding("device", what, why, f"{mend}; or leave the node out", (name,)))
     return found
+
+
+def _idle_gpus(measured: Measured) -> list[Finding]:
+    """Say where a node has more GPUs than were measured: what starts us may not know of them."""
+    used = Counter(device.node for device in measured.devices if device.kind == "cuda")
+    short = [
+        (node.name, node.facts["gpus"])
+        for number, node in enumerate(measured.nodes)
+        if used[number]
+        and isinstance(node.facts.get("gpus"), int)
+        and node.facts["gpus"] > used[number]
+    ]
+    if not short:
+        return []
+    names, most = [name for name, _ in short], max(gpus for _, gpus in short)
+    what = f"{named(names)}: not all of its {most} GPUs were examined"
+    why = "how many there are cannot be seen from where doctor was called"
+    return [Finding("device", what, why, f"call it with --ranks-per-node {most}", tuple(names))]
 
 
 def _milli(seconds: float) -> str:
@@ -431,7 +451,7 @@ def _way(link: Link, node: int | None, names: Sequence[str]) -> str:
     return f"to {names[link.target]}" if link.source == node else f"from {names[link.source]}"
 
 
-def _whose(own: Sequence[Link], node: int | None, names: Sequence[str], what: str = "slow") -> str:
+def _whose(own: Sequence[Link], node: int | None, names: Sequence[str]) -> str:
     if node is None:
         return "one link is"
     if all(link.source == node for link in own):

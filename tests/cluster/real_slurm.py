@@ -108,12 +108,12 @@ class Slurm:
         done = self.nodes.run(MANAGER, *command, env={**os.environ, **self.env})
         return done.stdout.strip()
 
-    def job(self, number: int) -> dict[str, str]:
+    def job(self, number: int | str) -> dict[str, str]:
         """Return what `scontrol show job` knows of a job."""
         text = self.ask("scontrol", "show", "job", "-o", str(number))
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
-    def state(self, number: int) -> str:
+    def state(self, number: int | str) -> str:
         return self.job(number).get("JobState", "")
 
     def nodes_of(self, number: int) -> list[str]:
@@ -126,11 +126,12 @@ class Slurm:
         _wait(f"job {number} to be {states}", lambda: self.state(number) in states, seconds)
         return self.state(number)
 
-    def start_now(self, number: int) -> None:
+    def start_now(self, number: int | str) -> None:
         """Start a requeued job without the two minutes that Slurm waits."""
         _wait(f"job {number} to be requeued", lambda: self.state(number) == "PENDING")
         # What is left of the run before would be taken for the end of the next one: the reason why
         # Slurm waits.
+        _wait("its nodes", lambda: not self.ask("sinfo", "-h", "-t", "completing", "-o", "%n"))
         time.sleep(2.0)
         self._run("scontrol", "update", f"JobId={number}", "StartTime=now")
 

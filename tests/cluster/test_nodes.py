@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +94,12 @@ def screen(bench: Bench, name: str) -> str:
     return (bench.path / f"screen-{name}").read_text(errors="replace")
 
 
+def command_of(pid: int) -> list[str]:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return []
+
+
 def wait_step(files: RunFiles, step: int) -> None:
     wait_for(f"step {step}", lambda: any(r["step"] >= step for r in files.metrics()))
 
@@ -128,7 +136,7 @@ def test_hosts_by_ssh(hosts: Hosts, bench: Bench) -> None:
     files = RunFiles(bench.path, bench.path / "run")
     alone = bench.launch("parallel.dp=4", "launch.threads_per_rank=1", "run.dir=alone")
     assert files.losses() == alone.losses()
-    wait_for("nothing left", lambda: not marked(bench.mark), 5)
+    wait_for("nothing left", lambda: not marked(bench.mark), 15)
 
 
 @needs_ssh
@@ -178,7 +186,7 @@ def test_a_host_that_does_not_answer(hosts: Hosts, bench: Bench) -> None:
     assert "1 of 2 nodes joined; nowhere did not" in told or "0 of 2 nodes" in told, told
     assert "nowhere" in told
     assert "Traceback" not in told
-    wait_for("nothing left", lambda: not marked(bench.mark), 5)
+    wait_for("nothing left", lambda: not marked(bench.mark), 15)
 
 
 @needs_ssh
@@ -204,6 +212,22 @@ def test_a_host_with_other_versions_is_refused_before_the_first_step(
         assert "going on with 2 of 3 nodes" in screen(bench, MANAGER)
     finally:
         hosts.run("n2", "umount", str(record), check=True)
+
+
+@needs_ssh
+def test_a_signal_while_hosts_join(hosts: Hosts, bench: Bench) -> None:
+    hosts.cut("n4")
+    words = ("bigtrain", "launch", "config.yaml", "--hosts", "n1,n4", hosts.ssh)
+    try:
+        run = start(hosts, bench, MANAGER, *words, "launch.processes=1", "parallel.dp=auto")
+        wait_for("the plan", lambda: "2 hosts" in screen(bench, MANAGER))
+        [launcher] = [pid for pid in marked(bench.mark) if "launch" in command_of(pid)[2:3]]
+        os.kill(launcher, signal.SIGINT)
+        assert run.wait(20) == 130, screen(bench, MANAGER)
+    finally:
+        hosts.mend("n4")
+    assert "stopped by SIGINT before any rank was started" in screen(bench, MANAGER)
+    wait_for("nothing left", lambda: not marked(bench.mark), 15)
 
 
 # -- by MPI ------------------------------------------------------------------------------------

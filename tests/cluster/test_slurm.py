@@ -57,11 +57,17 @@ class Cluster:
     def run(self, name: str) -> RunFiles:
         return RunFiles(self.bench.path, self.bench.path / name)
 
-    def log(self, number: int, name: str) -> str:
+    def log(self, number: int | str, name: str) -> str:
         text = ""
         with contextlib.suppress(FileNotFoundError):
             text = (self.bench.path / name / "slurm" / f"{number}.out").read_text(errors="replace")
         return text
+
+    def resumed_after(self, number: int | str, name: str) -> int:
+        """Return the step that a job has gone on from."""
+        found = re.search(r"resumed from \S+, after step (\d+)", self.log(number, name))
+        assert found, self.log(number, name)
+        return int(found[1])
 
     def wait_step(self, run: RunFiles, step: int) -> None:
         wait_for(f"step {step}", lambda: any(r["step"] >= step for r in run.metrics()))
@@ -115,7 +121,7 @@ def test_submit_and_follow(cluster: Cluster) -> None:
         f"rank-{rank}.log" for rank in range(4)
     ]
     assert "bigtrain 0." in (run.folder / "slurm" / "code.txt").read_text()
-    wait_for("nothing left", cluster.is_free, 5)
+    wait_for("nothing left", cluster.is_free, 15)
 
 
 def test_a_script_goes_on_where_it_was_by_plain_sbatch(cluster: Cluster, tmp_path: Path) -> None:
@@ -140,10 +146,37 @@ def test_cancel_saves_and_leaves_nothing(cluster: Cluster) -> None:
     assert f"job {number} of this run is running already" in refused
     assert "cancelled" in cluster.do("bigtrain", "jobs", "cancel", "cancelled")
     assert cluster.ended(number).startswith("CANCELLED")
-    wait_for("nothing left", cluster.is_free, 5)
+    wait_for("nothing left", cluster.is_free, 15)
     steps = len(run.losses())
     assert run.checkpoints()[-1] == f"step-{steps:08}", cluster.log(number, "cancelled")
     assert "no job of bigtrain" in cluster.do("bigtrain", "jobs")
+
+
+def test_cancelled_while_it_saves_for_the_limit(cluster: Cluster) -> None:
+    """It is not to queue up again, though its time was nearly up."""
+    slow = ("model.factory=parts:model", "model.args={slow: 0.5}", "train.steps=60")
+    number, run = cluster.submit("unwanted", *slow)
+    cluster.wait_step(run, 2)
+    cluster.do("scancel", "--batch", "--signal=USR1", str(number))
+    cluster.do("scancel", str(number))
+    assert cluster.ended(number).startswith("CANCELLED"), cluster.log(number, "unwanted")
+    wait_for("nothing left", cluster.is_free, 15)
+    assert cluster.slurm.job(number)["Restarts"] == "0", cluster.log(number, "unwanted")
+    assert "queues up again" not in cluster.log(number, "unwanted")
+
+
+def test_ranks_of_mpi_are_requeued_too(cluster: Cluster, undisturbed: list[float]) -> None:
+    mpi = f"launch.mpi.command=[{BIN / 'mpiexec'}]"
+    number, run = cluster.submit("mpi", *LONG, mpi, "launch.threads_per_rank=1")
+    cluster.wait_step(run, 5)
+    cluster.do("scancel", "--batch", "--signal=USR1", str(number))
+    cluster.slurm.start_now(number)
+    assert cluster.ended(number) == "COMPLETED", cluster.log(number, "mpi")
+    log = cluster.log(number, "mpi")
+    assert "MPI: 4 ranks, started by mpiexec" in log
+    assert f"time is nearly up: job {number} queues up again" in log
+    assert cluster.resumed_after(number, "mpi") >= 5, log
+    assert run.losses() == undisturbed
 
 
 def test_time_is_up_and_the_curve_is_the_same(cluster: Cluster, undisturbed: list[float]) -> None:
@@ -170,6 +203,10 @@ def test_preempted_by_another_queue(cluster: Cluster, undisturbed: list[float]) 
     cluster.slurm.start_now(number)
     assert cluster.ended(number) == "COMPLETED", cluster.log(number, "preempted")
     assert run.losses() == undisturbed
+    log = cluster.log(number, "preempted")
+    assert f"pre-empted: job {number} queues up again" in log
+    assert cluster.resumed_after(number, "preempted") >= 5, log
+    assert len([record for record in run.metrics() if "save_seconds" in record]) == 2, log
 
 
 def test_node_killed_in_the_middle(cluster: Cluster, undisturbed: list[float]) -> None:
@@ -180,12 +217,13 @@ def test_node_killed_in_the_middle(cluster: Cluster, undisturbed: list[float]) -
     wait_for("the job to end", lambda: cluster.slurm.state(number) != "RUNNING", 20)
     log = cluster.log(number, "killed")
     assert f"lost {victim}: job {number} queues up again" in log, log
-    wait_for("nothing left", cluster.is_free, 10)
+    wait_for("nothing left", cluster.is_free, 15)
     cluster.slurm.nodes.boot(victim)
     cluster.slurm.start_daemon(victim)
     cluster.slurm.start_now(number)
     assert cluster.ended(number) == "COMPLETED", cluster.log(number, "killed")
     assert run.losses() == undisturbed
+    assert cluster.resumed_after(number, "killed") >= 4
 
 
 def test_goes_on_with_the_nodes_that_are_left(cluster: Cluster) -> None:
@@ -205,13 +243,19 @@ def test_goes_on_with_the_nodes_that_are_left(cluster: Cluster) -> None:
 
 def test_sweep(cluster: Cluster) -> None:
     sweep = "launch.slurm.sweep={run.seed: [1, 2], optimizer.lr: [0.001]}"
-    number, _ = cluster.submit("sweep", sweep, "launch.slurm.sweep_at_once=2")
-    for task in (0, 1):
-        wait_for("the end", lambda task=task: len(cluster.run(f"sweep/{task}").metrics()) >= 9)
-    wait_for("an empty queue", lambda: not cluster.slurm.ask("squeue", "-h"))
+    words = (sweep, "launch.slurm.sweep_at_once=2", "run.dir=sweep")
+    number, _ = cluster.submit("sweep", *words, *SLOW, "train.steps=30", "eval.samples=8")
+    cluster.wait_step(cluster.run("sweep/1"), 3)
+    cluster.do("scancel", "--batch", "--signal=USR1", f"{number}_1")
+    cluster.slurm.start_now(f"{number}_1")
+    wait_for("an empty queue", lambda: not cluster.slurm.ask("squeue", "-h"), 60)
     curves = [cluster.run(f"sweep/{task}").losses() for task in (0, 1)]
-    assert [len(curve) for curve in curves] == [8, 8], number
+    assert [len(curve) for curve in curves] == [30, 30], number
     assert curves[0] != curves[1]
+    assert "queues up again" not in cluster.log(f"{number}_0", "sweep")
+    assert cluster.resumed_after(f"{number}_1", "sweep") >= 3
+    said = cluster.do("bigtrain", "launch", "config.yaml", "--slurm", *TWO_BY_TWO, *words, code=1)
+    assert "sweep holds a run already" in said
 
 
 def test_bad_sweep_is_refused_before_it_is_submitted(cluster: Cluster) -> None:
@@ -238,7 +282,7 @@ def test_wrong_number_of_nodes(cluster: Cluster) -> None:
     script = str(run.folder / "slurm" / "job.sh")
     more = int(cluster.do("sbatch", "--parsable", "--nodes=1", script))
     assert cluster.ended(more) == "FAILED"
-    assert cluster.slurm.job(more)["ExitCode"] == "1:0"
+    assert cluster.slurm.job(more)["ExitCode"] == "2:0"
     assert f"launch.nodes = 2, but Slurm job {more} has 1: n1" in cluster.log(more, "wrong")
 
 
@@ -247,7 +291,19 @@ def test_tasks_of_srun_are_ranks(cluster: Cluster) -> None:
     cluster.do("srun", *words, "parallel.dp=4")
     assert len(cluster.run("tasks").losses()) == 8
     said = cluster.do("srun", *words, "--restart", "parallel.dp=3", code=2)
-    assert "4 ranks" in said or "world" in said, said
+    assert "the world has 4 ranks" in said, said
+
+
+def test_a_world_on_each_node_is_none(cluster: Cluster) -> None:
+    """What torchrun makes without an address to meet at; and fewer ranks than one has meant."""
+    alone = ("torchrun", "--standalone", "--nproc-per-node", "1", "-m", "bigtrain.train")
+    words = ("config.yaml", "parallel.dp=auto", "run.dir=alone")
+    said = cluster.do("srun", "-N2", "--ntasks-per-node=1", *alone, *words, code=1)
+    assert "Slurm has given 2 nodes, but the 1 ranks are on 1: the others idle" in said, said
+    tasks = ("srun", "-N2", "--ntasks-per-node=1", "bigtrain", "launch", *words)
+    said = cluster.do(*tasks, "launch.processes=4", code=2)
+    assert "launch.processes = 4, but nodes have 1 rank(s): 2 ranks on 2 node(s)" in said, said
+    assert not cluster.run("alone").metrics()
 
 
 def test_allocation_of_salloc(cluster: Cluster) -> None:
@@ -255,7 +311,7 @@ def test_allocation_of_salloc(cluster: Cluster) -> None:
     said = cluster.do("salloc", "-N3", "bigtrain", "launch", "config.yaml", "--dry-run", *words)
     assert "3 ranks, 1 on each of 3 nodes (n1, n2, n3), started by srun" in said
     refused = cluster.do(
-        *("salloc", "-N3", "bigtrain", "launch", "config.yaml", *words, "launch.nodes=2"), code=1
+        *("salloc", "-N3", "bigtrain", "launch", "config.yaml", *words, "launch.nodes=2"), code=2
     )
     assert "launch.nodes = 2, but Slurm job" in refused
     assert "has 3: n1, n2, n3" in refused
@@ -279,7 +335,11 @@ def test_time_limit(cluster: Cluster) -> None:
     cluster.wait_step(run, 2)
     wait_for("requeue", lambda: cluster.slurm.state(number) == "PENDING", 100)
     assert f"time is nearly up: job {number} queues up again" in cluster.log(number, "limit")
-    assert run.checkpoints()[-1] == f"step-{len(run.losses()):08}"
+    steps = len(run.losses())
+    assert run.checkpoints()[-1] == f"step-{steps:08}"
+    cluster.slurm.start_now(number)
+    cluster.wait_step(run, steps + 1)
+    assert cluster.resumed_after(number, "limit") == steps
 
 
 def test_nothing_to_follow_or_cancel(cluster: Cluster) -> None:

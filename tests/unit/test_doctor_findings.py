@@ -51,6 +51,22 @@ def node(name: str, **changes: Any) -> Node:
     return Node(name, **{**sound, **rates, **changes})
 
 
+def test_gpus_that_nobody_looked_at() -> None:
+    """Where --hosts is given, the machine that one calls from knows nothing of their GPUs."""
+    devices = (Device(0, 0, "cuda", "H100", 0.01, 1e9), Device(1, 1, "cuda", "H100", 0.01, 1e9))
+    nodes = (node("n1", facts=facts("n1", gpus=8)), node("n2", facts=facts("n2", gpus=1)))
+    [found] = findings(Measured(nodes, devices))
+    assert found.what == "n1: not all of its 8 GPUs were examined"
+    assert "--ranks-per-node 8" in found.mend
+
+
+def test_drivers_that_differ_are_no_reason_to_refuse_a_run() -> None:
+    one = facts("n1", versions={**VERSIONS, "NVIDIA driver": "550.1"})
+    other = facts("n2", versions={**VERSIONS, "NVIDIA driver": "560.2"})
+    [found] = differences([one, other])
+    assert (found.kind, "NVIDIA driver is" in found.what) == ("driver", True)
+
+
 def world(count: int, rate: Callable[[int, int], float] = lambda a, b: 9.4) -> Measured:
     """Return nodes with nothing wrong, but for what `rate` makes of the links."""
     nodes = tuple(node(f"n{i + 1}") for i in range(count))

@@ -50,6 +50,12 @@ def test_ranks_on_all_nodes(gpus: int | None, device: str, asked: int | None, ra
     assert config.launch.processes == ranks
 
 
+def test_doctor_starts_ranks_itself_also_where_runs_are_started_by_mpi() -> None:
+    wanted = {"run": {"device": "cpu"}, "launch": {"mpi": {}}}
+    config, plan = plan_of(Config.model_validate(wanted), None)
+    assert (plan.start, config.launch.mpi) == ("here", None)
+
+
 def test_hosts_of_the_config() -> None:
     wanted = {"run": {"device": "cpu"}, "launch": {"hosts": ["a", "b"]}}
     _, plan = plan_of(Config.model_validate(wanted), None)

@@ -51,7 +51,7 @@ def test_errors_survive_the_way(kind: type[BigtrainError]) -> None:
     assert type(got) is kind
     assert str(got) == str(error)
     assert got.problem == error.problem
-    assert got.exit_code == 1
+    assert got.exit_code == error.exit_code
 
 
 def test_config_error_survives_the_way() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from unit_helpers import ROOT, assert_explained, load_text
 
 from bigtrain.cli import app
 from bigtrain.config.schema import Config
-from bigtrain.errors import ConfigError, LaunchError
+from bigtrain.errors import ConfigError, LaunchError, RunFolderError
+from bigtrain.launch.jobs import cancel, follow
 from bigtrain.launch.outcome import Ended
 from bigtrain.launch.requeue import UNFINISHED, queue_again
 from bigtrain.launch.slurm import (
@@ -28,6 +30,8 @@ from bigtrain.launch.slurm import (
 )
 from bigtrain.launch.slurm_commands import job_facts, queued_jobs
 from bigtrain.launch.submit import Submitted, submit
+from bigtrain.launch.time_limit import Saving, TimeLimit
+from bigtrain.run_folder import RunFolder
 
 GOLDEN = ROOT / "tests" / "golden" / "slurm"
 RENDERED = sorted((ROOT / "slurm").glob("*.sh"))
@@ -317,6 +321,10 @@ def test_facts_of_a_job() -> None:
     assert (facts["JobName"], facts["StdOut"], facts["Power"]) == ("a b", "/tmp/a b/17.out", "")
 
 
+IN_TIME = "JobState=RUNNING Requeue=1 RunTime=00:01:00 TimeLimit=1-00:00:00 EndTime=Unknown"
+OVER_TIME = "JobState=COMPLETING Requeue=1 RunTime=1-00:00:02 TimeLimit=1-00:00:00 EndTime=x"
+
+
 @pytest.mark.parametrize(
     ("ended", "facts", "stepped", "code", "requeued"),
     [
@@ -329,7 +337,14 @@ def test_facts_of_a_job() -> None:
         (Ended(1, "gone", None, ["n2"]), "Requeue=1 JobId=17", True, UNFINISHED, True),
         (Ended(1, "gone", None, ["n2"]), "Requeue=1 JobId=17", False, UNFINISHED, True),
         (Ended(1, "gone", None, ["n2"]), "Requeue=1 BatchFlag=0", True, 1, False),
+        (Ended(1, "?", None, ["n2"], how_lost="absent"), "Requeue=1 JobId=17", True, 1, False),
+        (Ended(1, "?", None, ["n2"], how_lost="unfit"), "Requeue=1 JobId=17", True, 1, False),
         (Ended(143, "stopped", 10), "JobState=CANCELLED Requeue=1", True, 143, False),
+        # What Slurm says as long as there are processes of a job that was cancelled.
+        (Ended(143, "stopped", 10), "JobState=COMPLETING Requeue=1", True, 143, False),
+        (Ended(143, "stopped", 10), IN_TIME.replace("RUNNING", "COMPLETING"), True, 143, False),
+        (Ended(143, "stopped", 10), IN_TIME, True, UNFINISHED, True),
+        (Ended(143, "stopped", 10), OVER_TIME, True, UNFINISHED, True),
         (Ended(1, "a bug", None), "Requeue=1 JobId=17", True, 1, False),
     ],
 )
@@ -342,6 +357,14 @@ def test_which_ends_queue_up_again(
     assert error.exit_code == code
     assert (["scontrol", "requeue", "17"] in slurm.asked) == requeued
     assert len(told) == int(code == UNFINISHED or not stepped)
+
+
+def test_a_node_that_is_away_at_a_restart_may_have_died() -> None:
+    """Slurm may not have noticed yet, and given it to the job again."""
+    env = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1"}
+    ended = Ended(1, "?", None, ["n2"], how_lost="absent")
+    slurm = FakeSlurm(scontrol="Requeue=1 JobId=17")
+    assert queue_again(ended, env, False, lambda _: None, slurm, pause).exit_code == UNFINISHED
 
 
 def test_nodes_that_are_lost_again_and_again() -> None:
@@ -373,3 +396,150 @@ def test_slurm_that_does_not_answer_at_the_end() -> None:
     )
     assert len(waited) == 3, "a busy Slurm is asked again"
     assert "could not be requeued: no answer" in told[0]
+
+
+# -- a sweep, again ----------------------------------------------------------------------------
+
+
+def test_another_sweep_does_not_go_on_where_the_one_before_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = BASE + "launch: {slurm: {sweep: {optimizer.lr: VALUES}}}\n"
+    first = load_text(tmp_path, sweep.replace("VALUES", "[0.001, 0.0003]"))
+    hand_in(first, resume=False, ask=FakeSlurm())
+    (tmp_path / "runs/try/0/checkpoints/step-00000004").mkdir(parents=True)  # one has begun
+    other = load_text(tmp_path, sweep.replace("VALUES", "[0.01, 0.0001]"))
+    with pytest.raises(RunFolderError, match="holds a run already"):
+        hand_in(other, resume=False, ask=FakeSlurm())
+    with pytest.raises(LaunchError) as caught:
+        hand_in(other, resume=True, ask=FakeSlurm())
+    assert_explained(caught.value, "another sweep", "0.0003", "--restart")
+    hand_in(first, resume=True, ask=FakeSlurm())
+    plan = make_submission(other)
+    submit(other, plan, "config.yaml", resume=False, restart=True, ask=FakeSlurm())
+    assert (tmp_path / "runs/try.old-1/0/checkpoints/step-00000004").is_dir()
+    assert not (tmp_path / "runs/try/0").exists()
+
+
+# -- time --------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A job that Slurm ends at noon, and a clock to turn."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self.folder, self.now = RunFolder(folder), self.time("11:00:00")
+        self.slurm = FakeSlurm(scontrol="EndTime=2026-11-24T12:00:00 JobState=RUNNING")
+
+    @staticmethod
+    def time(text: str) -> float:
+        return time.mktime(time.strptime(f"2026-11-24T{text}", "%Y-%m-%dT%H:%M:%S"))
+
+    def limit(self) -> TimeLimit:
+        return TimeLimit(self.folder, {"SLURM_JOB_ID": "17"}, self.slurm, lambda: self.now)
+
+
+def test_a_job_saves_as_early_as_saving_takes(tmp_path: Path) -> None:
+    clock = Clock(tmp_path / "run")
+    limit = clock.limit()
+    clock.now = clock.time("11:59:30")
+    assert not limit.is_near(), "nothing was measured: Slurm's own signal will come"
+    clock.folder.metrics.write_text('{"step": 4, "save_seconds": 300.0}\n')
+    clock.now = clock.time("11:49:00")  # 2 x 300 s + 30 s are needed, and the time between looks
+    assert not clock.limit().is_near()
+    clock.now = clock.time("11:49:16")
+    assert clock.limit().is_near()
+
+
+def test_a_time_limit_that_was_moved(tmp_path: Path) -> None:
+    clock = Clock(tmp_path / "run")
+    limit = clock.limit()
+    clock.folder.metrics.write_text('{"step": 4, "save_seconds": 300.0}\n')
+    clock.slurm.answers["scontrol"] = "EndTime=2026-11-24T13:00:00 JobState=RUNNING"
+    clock.now = clock.time("11:49:16")
+    assert not limit.is_near()
+    clock.now = clock.time("12:49:16")
+    assert limit.is_near()
+
+
+def test_what_is_measured_is_read_as_it_grows(tmp_path: Path) -> None:
+    clock = Clock(tmp_path / "run")
+    saving = Saving(clock.folder)
+    assert saving.lead() is None
+    with open(clock.folder.metrics, "a") as metrics:
+        metrics.write('{"step": 1, "items": 100, "items_per_second": 10.0}\n')
+        metrics.write('{"step": 1, "save_seconds": 60.5}\n')
+        metrics.flush()
+        assert saving.lead() == 161
+        metrics.write('{"step": 2, "save_seconds": 100}\n')
+    assert saving.lead() == 240
+    clock.folder.metrics.write_text('{"step": 1, "save_seconds": 200}\n')  # cut by a resumed run
+    assert saving.lead() == 440
+
+
+@pytest.mark.parametrize("end", ["Unknown", "", "NONE"])
+def test_no_time_limit(end: str, tmp_path: Path) -> None:
+    clock = Clock(tmp_path / "run")
+    clock.slurm.answers["scontrol"] = f"EndTime={end} JobState=RUNNING"
+    clock.folder.metrics.write_text('{"step": 4, "save_seconds": 1e9}\n')
+    assert not clock.limit().is_near()
+
+
+# -- the queue ---------------------------------------------------------------------------------
+
+
+QUEUE = (
+    "17|17|RUNNING|1:00|2:00|1|None|bigtrain:/runs/chain\n"
+    "18|18|PENDING|0:00|2:00|1|Dependency|bigtrain:/runs/chain\n"
+    "20_1|20|RUNNING|0:00|2:00|1|None|bigtrain:/runs/sweep\n"
+    "20_2|20|PENDING|0:00|2:00|1|Resources|bigtrain:/runs/sweep\n"
+)
+
+
+def cancelled(*wishes: str) -> tuple[FakeSlurm, list[str], str]:
+    slurm, lines, error = FakeSlurm(squeue=QUEUE), [], ""
+    try:
+        for line in cancel(wishes, slurm):
+            lines.append(line)
+    except LaunchError as failure:
+        error = str(failure)
+    return slurm, lines, error
+
+
+def test_all_jobs_that_are_there_are_cancelled() -> None:
+    """The first of a chain has ended: those after it are the ones that matter."""
+    slurm, lines, error = cancelled("16", "17", "18")
+    assert slurm.asked[-1] == ["scancel", "17", "18"]
+    assert lines == ["cancelled 17", "cancelled 18"]
+    assert "no job of bigtrain that waits or runs is 16" in error
+
+
+def test_the_next_of_a_chain_is_told_of() -> None:
+    slurm, lines, error = cancelled("17")
+    assert slurm.asked[-1] == ["scancel", "17"]
+    assert lines[1] == "job 18 of the same run waits for its turn, and is not cancelled"
+    assert not error
+
+
+def test_a_sweep_is_cancelled_whole_or_by_the_job() -> None:
+    assert cancelled("20")[0].asked[-1] == ["scancel", "20"]
+    assert cancelled("20_2")[0].asked[-1] == ["scancel", "20_2"]
+    assert cancelled("/runs/sweep")[0].asked[-1] == ["scancel", "20"]
+
+
+def test_following_goes_on_when_slurm_does_not_answer_for_a_while() -> None:
+    answers = iter(
+        [LaunchError("busy"), "JobState=RUNNING", LaunchError("busy"), "JobState=COMPLETED"]
+    )
+
+    def ask(command: object) -> str:
+        answer = next(answers)
+        if isinstance(answer, LaunchError):
+            raise answer
+        return answer
+
+    told: list[str] = []
+    assert follow("17", lambda _: None, told.append, ask, pause) == 0
+    assert told == ["job 17: running", "job 17: completed"]

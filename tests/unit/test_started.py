@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
+
 import pytest
 from unit_helpers import assert_explained
 
-from bigtrain.comm.started import Starter, adopt, interface_towards, slurm_names, starter_of
+from bigtrain.comm.started import (
+    Starter,
+    adopt,
+    interface_towards,
+    num_nodes_given,
+    slurm_names,
+    starter_of,
+)
+from bigtrain.config.launching import LaunchSection
 from bigtrain.errors import LaunchError
+from bigtrain.joined import wrong_world
 
 TASK = {
     "SLURM_JOB_ID": "17",
@@ -41,10 +53,62 @@ def expand(names: str) -> list[str]:
         ({"PMI_SIZE": "1"}, None),
         ({**TASK, "PMI_SIZE": "6"}, "srun"),
         ({**TASK, "PMI_SIZE": "12"}, "mpiexec"),
+        ({**TASK, "SLURM_PTY_PORT": "1", "SLURM_TASK_PID": str(os.getpid())}, "srun"),
+        ({**TASK, "SLURM_PTY_PORT": "1", "SLURM_TASK_PID": "1"}, "srun"),
     ],
 )
 def test_who_has_started_this(env: dict[str, str], starter: Starter | None) -> None:
     assert starter_of(env) == starter
+
+
+def test_who_types_in_a_shell_of_srun_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    shell = {**TASK, "SLURM_PTY_PORT": "1", "SLURM_TASK_PID": "1"}
+    assert starter_of(shell) is None
+    assert starter_of({**shell, "SLURM_TASK_PID": str(os.getpid())}) == "srun"
+
+
+@pytest.mark.parametrize(
+    ("env", "nodes"),
+    [
+        ({}, None),
+        ({**BATCH, "SLURM_JOB_NUM_NODES": "4"}, 4),
+        ({**TASK, "SLURM_JOB_NUM_NODES": "4", "SLURM_STEP_NUM_NODES": "2"}, 2),
+    ],
+)
+def test_nodes_that_slurm_has_given(env: dict[str, str], nodes: int | None) -> None:
+    assert num_nodes_given(env) == nodes
+
+
+def rank_of(node: str, ranks: int = 2, given: int | None = None) -> dict[str, object]:
+    return {"node": node, "ranks": ranks, "given": given}
+
+
+@pytest.mark.parametrize(
+    ("launch", "everyone", "words"),
+    [
+        ({"nodes": 2}, [rank_of("a"), rank_of("a")], "the 2 ranks are on 1 node"),
+        ({"nodes": "3:4"}, [rank_of("a"), rank_of("b")], "launch.nodes = 3:4"),
+        ({}, [rank_of("a", 2, 2), rank_of("a", 2, 2)], "given 2 nodes, but the 2 ranks are on 1"),
+        # One node has been reached by a step of its own, which is told of one node.
+        ({}, [rank_of("a", 1, 3), rank_of("b", 1, 1)], "given 3 nodes"),
+        ({"processes": 8}, [rank_of("a", 1), rank_of("b", 1)], "but nodes have 1 rank(s)"),
+    ],
+)
+def test_worlds_that_were_not_meant(
+    launch: dict[str, object], everyone: list[dict[str, object]], words: str
+) -> None:
+    problem = wrong_world(LaunchSection.model_validate(launch), everyone)
+    assert problem is not None
+    assert_explained(problem, words)
+    assert problem.exit_code == 2
+
+
+@pytest.mark.parametrize("launch", [{}, {"nodes": 1}, {"processes": 2}, {"nodes": "1:2"}])
+def test_worlds_that_were_meant(launch: dict[str, object]) -> None:
+    given = 3 if "nodes" in launch else 1  # who says how many is believed
+    everyone = [rank_of("a", 2, given), rank_of("a", 2, given)]
+    assert wrong_world(LaunchSection.model_validate(launch), everyone) is None
 
 
 def test_a_task_of_srun_gets_the_names_of_torchrun() -> None:

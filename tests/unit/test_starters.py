@@ -16,7 +16,7 @@ from bigtrain.config.launching import LaunchSection
 from bigtrain.config.schema import Config
 from bigtrain.errors import LaunchError
 from bigtrain.launch.plan import Plan, find_hosts, smaller
-from bigtrain.launch.starters import starters
+from bigtrain.launch.starters import passed_on, starters
 
 AGENT = [sys.executable, "-m", "bigtrain.launch.agent"]
 
@@ -41,12 +41,16 @@ def test_srun_starts_one_agent_on_each_node_with_all_its_processors() -> None:
 def test_ssh_passes_on_what_ranks_need_and_nothing_else() -> None:
     env = {"PATH": "/my bin", "NCCL_DEBUG": "INFO", "SECRET": "x", "PYTHONPATH": "/p"}
     env["CUDA_VISIBLE_DEVICES"] = ""  # the machine that we are on may have none
-    first, second = starters(plan("ssh", "me@a", "b"), launch(ssh=["ssh", "-q"]), env, "/here")
+    env["HF_TOKEN"] = "hf_x"
+    there = plan("ssh", "me@a", "b")
+    first, second = starters(there, launch(ssh=["ssh", "-q"]), env, "/here")
     assert first[:3] == ["ssh", "-q", "me@a"]
     assert second[2] == "b"
-    assert first[3].startswith("env NCCL_DEBUG=INFO 'PATH=/my bin' PYTHONPATH=/p ")
-    assert "SECRET" not in first[3]
-    assert "VISIBLE" not in first[3]
+    # Words of a command can be read by all users of a machine; what may be secret goes otherwise.
+    assert first[3].startswith("env 'PATH=/my bin' PYTHONPATH=/p /")
+    assert "hf_x" not in first[3]
+    assert passed_on(there, env) == {"NCCL_DEBUG": "INFO", "HF_TOKEN": "hf_x"}
+    assert passed_on(plan("srun", "a"), env) == {}
 
 
 def test_apptainer_sees_the_folder_we_are_in() -> None:

@@ -22,7 +22,7 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
         "comm ops",
         "tensor pipeline zero onebit server optim",
         "models data checkpoint observe export plan",
-        "parallelize compose engines trainer train run doctor",
+        "parallelize compose engines trainer train run joined doctor",
     )
 )
 OUTSIDE = frozenset({"launch", "cli", ""})  # "" is bigtrain/__init__.py

@@ -5,6 +5,7 @@
 #SBATCH --comment=bigtrain:/home/me/runs/try
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=4
 #SBATCH --array=0-7%2
 #SBATCH --output=runs/try/slurm/%A_%a.out
 #SBATCH --open-mode=append
