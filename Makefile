@@ -5,16 +5,18 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# A worker for each core, files whole: what a file's tests share is brought up once.
+WORKERS ?= -n auto --dist loadfile
 
 .PHONY: run test checks lint slurm clean
 run: .venv/.ready
 	$(BIN)/bigtrain launch configs/quickstart.yaml --restart
 
 test: .venv/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 checks: lint
-	$(BIN)/python -m pytest -m "not cluster"
+	$(BIN)/python -m pytest $(WORKERS) -m "not cluster"
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -129,7 +129,8 @@ def _warn(plan: Plan, folder: RunFolder) -> None:
         )
     if plan.start == "here":
         for one in differences([facts_of(folder.path)]):
-            stderr_line(f"warning: {one.render()}")
+            if one.kind in ("disk", "shm"):  # torch may be in the container alone
+                stderr_line(f"warning: {one.render()}")
 
 
 def _newest_checkpoint(folder: RunFolder) -> int:

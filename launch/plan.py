@@ -49,6 +49,8 @@ class Plan:
         if self.start == "mpiexec":
             return f"{self.found}: {ranks}, started by mpiexec where its options say"
         each = f"{self.ranks_per_node} on each of {len(self.nodes)} nodes"
+        if len(self.nodes) == 1:
+            each = "on one node"
         if self.start == "sbatch":  # which ones, Slurm will say
             return f"{self.found}: {ranks}, {each}"
         return f"{self.found}: {ranks}, {each} ({shortened(self.nodes)}), started by {self.start}"

@@ -50,8 +50,8 @@ def versions() -> dict[str, str]:
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "missing"
+        except metadata.PackageNotFoundError:  # bigtrain itself runs from a folder, then
+            found[name] = "not installed" if name == "bigtrain" else "missing"
     found["code"] = code_digest(Path(__file__).resolve().parents[1])
     with contextlib.suppress(OSError, IndexError):
         words = _DRIVER.read_text().splitlines()[0].split("  ")

@@ -50,5 +50,5 @@ def test_a_container_that_does_not_start(apptainer: Path, bench: Bench) -> None:
 
 
 def test_pyxis_needs_srun(bench: Bench) -> None:
-    run = bench.launch("launch.container={kind: pyxis, image: ubuntu}", code=1)
+    run = bench.launch("launch.container={kind: pyxis, image: ubuntu}", code=2)
     run.assert_told("pyxis", "srun", "--slurm")

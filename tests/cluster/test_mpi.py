@@ -68,7 +68,7 @@ def test_no_such_mpiexec(bench: Bench) -> None:
 def test_processes_of_another_mpi(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would be alone in a world of its own, all training into one folder."""
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
-    run = bench.launch("parallel.dp=auto", code=1)
+    run = bench.launch("parallel.dp=auto", code=2)
     told = "mpiexec has started 4 processes, but mpi4py knows of 1"
     assert told in run.err
 
