@@ -133,7 +133,8 @@ def _refuse_unknown_starter(env: Mapping[str, str]) -> None:
             f"RANK={env['RANK']} and WORLD_SIZE={size} are set, so this is one of {size} ranks",
             where="environment",
             why=f"bigtrain launch would start all ranks here, and so {size} worlds of their own",
-            mend="start python -m bigtrain.train CONFIG as each rank, or unset RANK and WORLD_SIZE",
+            mend="start python -m bigtrain.train CONFIG as each rank, with LOCAL_RANK and "
+            "LOCAL_WORLD_SIZE set too, or unset RANK and WORLD_SIZE",
         )
 
 
@@ -285,7 +286,7 @@ def doctor(
         _say(str(plan))
     beside = Path(read.run.dir).parent if config is not None else Path.cwd()
     measured = examine(read, plan, beside, quick)
-    found = findings(measured)
+    found = findings(measured, all_gpus=ranks_per_node is None)
     for line in report_lines(measured, found):
         typer.echo(line)
     raise typer.Exit(1 if found else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ def check_joined(config: Config, mesh: Mesh, world: World) -> None:
     """
     mine = {
         "node": os.environ.get("GROUP_RANK", socket.gethostname()),
-        "ranks": world.local_world_size,
         "given": num_nodes_given(),
         "facts": facts_of(Path(config.run.dir)) if world.local_rank == 0 else None,
     }
@@ -52,8 +52,8 @@ def check_joined(config: Config, mesh: Mesh, world: World) -> None:
 def wrong_world(launch: LaunchSection, everyone: Sequence[Mapping[str, Any]]) -> PlanError | None:
     """Return what is wrong with a world, by what every rank tells of its node; None if it is right.
 
-    node: something that the ranks of a node share; ranks: how many they are; given: the nodes of
-    their Slurm step or job, as far as they know.
+    node: something that the ranks of a node share; given: the nodes of their Slurm step or job, as
+    far as they know.
     """
     nodes, world = len({one["node"] for one in everyone}), len(everyone)
     given = max((one["given"] or 0 for one in everyone), default=0)
@@ -72,7 +72,7 @@ def wrong_world(launch: LaunchSection, everyone: Sequence[Mapping[str, Any]]) ->
             mend="start bigtrain launch itself in the job, or torchrun by srun with --nnodes and a "
             f"--rdzv-endpoint; set launch.nodes to {nodes} if this is meant",
         )
-    each = sorted({one["ranks"] for one in everyone})
+    each = sorted(set(Counter(one["node"] for one in everyone).values()))
     if launch.processes != "auto" and each != [launch.processes]:
         return PlanError(
             f"launch.processes = {launch.processes}, but nodes have {', '.join(map(str, each))} "

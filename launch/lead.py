@@ -57,7 +57,8 @@ def lead(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> int:
     Raises:
         LaunchError: ranks could not be started, or one failed; its error comes first.
     """
-    before, is_time_up = _newest_checkpoint(folder), _time_limit(config, folder)
+    again = _in_slurm() and resume  # else a job that starts again would not go on
+    before, is_time_up = _newest_checkpoint(folder), _time_limit(config, folder, again)
     _warn(plan, folder)
     while True:
         stderr_line(str(plan))
@@ -68,7 +69,7 @@ def lead(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> int:
         except Ended as ended:
             left = smaller(config, plan, ended.lost_nodes) if ended.lost_nodes else None
             if left is None or ended.asked is not None:
-                raise _after(ended, folder, before) from None
+                raise _after(ended, folder, before, again) from None
             stderr_line(f"{ended}\ngoing on with {len(left.nodes)} of {len(plan.nodes)} nodes")
             plan, resume = left, True
             folder.next_config.write_text(dump(config), encoding="utf-8")
@@ -83,8 +84,8 @@ def lead_mpi(config: Config, plan: Plan, words: Sequence[str]) -> int:
     Raises:
         LaunchError: mpiexec could not be started, or ended before the run was complete.
     """
-    folder = RunFolder(Path(config.run.dir))
-    before, is_time_up = _newest_checkpoint(folder), _time_limit(config, folder)
+    folder, again = RunFolder(Path(config.run.dir)), _in_slurm() and "--resume" in words
+    before, is_time_up = _newest_checkpoint(folder), _time_limit(config, folder, again)
     stderr_line(str(plan))
     patient = _is_patient()
     env = {**mpi_environment(config, plan, os.environ), "BIGTRAIN_PATIENT": str(int(patient))}
@@ -92,12 +93,12 @@ def lead_mpi(config: Config, plan: Plan, words: Sequence[str]) -> int:
     try:
         return run_by_mpi(team, patient, config.launch.stop_seconds, stderr_line, is_time_up)
     except Ended as ended:
-        raise _after(ended, folder, before) from None
+        raise _after(ended, folder, before, again) from None
 
 
-def _after(ended: Ended, folder: RunFolder, before: int) -> Ended:
+def _after(ended: Ended, folder: RunFolder, before: int, again: bool) -> Ended:
     """In a Slurm job, queue up again where that helps; return the error to end with."""
-    if not _in_slurm():
+    if not again:
         return ended
     return queue_again(ended, os.environ, _newest_checkpoint(folder) > before, stderr_line)
 
@@ -111,10 +112,10 @@ def _is_patient() -> bool:
     return _in_slurm() and not sys.stdin.isatty()
 
 
-def _time_limit(config: Config, folder: RunFolder) -> Callable[[], bool]:
-    """Return what tells that the job's time is nearly up."""
+def _time_limit(config: Config, folder: RunFolder, again: bool) -> Callable[[], bool]:
+    """Return what tells that the time of a job that will queue up again is nearly up."""
     slurm = config.launch.slurm or SlurmSection()
-    if not _in_slurm() or slurm.signal_seconds != "auto":
+    if not again or slurm.signal_seconds != "auto":
         return lambda: False
     return TimeLimit(folder, os.environ).is_near
 

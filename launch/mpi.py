@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from bigtrain.config.schema import Config
 from bigtrain.errors import LaunchError
 
-from .outcome import Ended, Rank
+from .outcome import Ended, Rank, stop_code
 from .plan import Plan
 from .watch import Asked, watch
 
@@ -75,8 +75,9 @@ class MpiTeam:
             self.ranks[0].report = {"done": True}  # what it ended by, ranks have told themselves
 
     def ask(self, number: int) -> None:
+        """Have ranks stop: SIGUSR1 is passed on by every mpiexec, SIGTERM ends that of Open MPI."""
         if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(number)
+            self._process.send_signal(signal.SIGUSR1)
 
     def end(self) -> None:
         if self._process is not None:
@@ -116,7 +117,7 @@ def run_by_mpi(
     if asked.numbers:
         first = signal.Signals(asked.numbers[0])
         text = f"mpiexec ended after {first.name}; what was saved is told above"
-        raise Ended(128 + signal.SIGTERM if first != signal.SIGINT else 130, text, first)
+        raise Ended(stop_code(first), text, first)
     how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
     raise Ended(
         code if code > 0 else 128 - code,

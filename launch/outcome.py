@@ -64,6 +64,11 @@ class Ended(LaunchError):
         self.lost_nodes, self.how_lost = tuple(lost_nodes), how_lost
 
 
+def stop_code(asked: int) -> int:
+    """Return the exit code of a run that was stopped by a signal; SIGUSR1 counts as SIGTERM."""
+    return 128 + (signal.SIGINT if asked == signal.SIGINT else signal.SIGTERM)
+
+
 def outcome(job: Job, ranks: Sequence[Rank], asked: Sequence[int]) -> int:
     """Return 0 if all is done; `asked` are the signals that we got.
 
@@ -82,7 +87,7 @@ def outcome(job: Job, ranks: Sequence[Rank], asked: Sequence[int]) -> int:
     if asked and (first.ended_by_us or killed):
         name = signal.Signals(asked[0]).name
         what = f"ended by {name} before it could finish a step and save"
-        raise Ended(128 + asked[0], what, signal_number)
+        raise Ended(stop_code(asked[0]), what, signal_number)
     text = first.report.get("text") or first.lost
     same = [r for r in failed if text and text == (r.report.get("text") or r.lost)]
     others = [r for r in failed if r is not first and r not in same]

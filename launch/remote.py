@@ -20,7 +20,7 @@ from bigtrain.doctor.findings import differences
 from bigtrain.errors import LaunchError
 
 from .job import Job
-from .outcome import Ended, Rank, last_lines
+from .outcome import Ended, Rank, last_lines, stop_code
 from .plan import Plan, shortened
 from .starters import passed_on, starters
 from .wire import PULSE_SECONDS, Line, Lost, addresses_towards
@@ -164,7 +164,7 @@ class RemoteTeam:
                     agent.port = message.get("port", agent.port)
             if asked:
                 text = f"stopped by {signal.Signals(asked[0]).name} before any rank was started"
-                raise Ended(128 + asked[0], text, asked[0])
+                raise Ended(stop_code(asked[0]), text, asked[0])
             ended = [p for p in self._starters if p.poll() not in (None, 0)]
             if ended or time.monotonic() > end or any(a.gone for a in self._agents.values()):
                 raise self._incomplete(ended)

@@ -20,7 +20,7 @@ _TRIES, _PAUSE_SECONDS = 4, 5.0
 _FORMAT = "%i|%F|%T|%M|%l|%D|%r|%k"
 
 
-def ask_slurm(command: Sequence[str]) -> str:
+def ask_slurm(command: Sequence[str], patience_seconds: float = _PATIENCE_SECONDS) -> str:
     """Return what a command of Slurm prints.
 
     Raises:
@@ -28,7 +28,7 @@ def ask_slurm(command: Sequence[str]) -> str:
     """
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False
+            command, capture_output=True, text=True, timeout=patience_seconds, check=False
         )
     except FileNotFoundError as error:
         raise LaunchError(
@@ -39,7 +39,7 @@ def ask_slurm(command: Sequence[str]) -> str:
         ) from error
     except subprocess.TimeoutExpired as error:
         raise LaunchError(
-            f"{command[0]} did not answer within {_PATIENCE_SECONDS} s",
+            f"{command[0]} did not answer within {patience_seconds:.0f} s",
             why="Slurm's controller is down, or overloaded",
             mend="see what sinfo says, and try again",
         ) from error

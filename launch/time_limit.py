@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from bigtrain.errors import LaunchError
 from bigtrain.run_folder import RunFolder
@@ -16,6 +17,7 @@ from .slurm import measured_lead
 from .slurm_commands import Ask, ask_slurm, job_facts
 
 _LOOK_SECONDS = 15.0
+_ASK = partial(ask_slurm, patience_seconds=3.0)  # meanwhile agents hear nothing
 
 
 class Saving:
@@ -53,25 +55,28 @@ class TimeLimit:
         self,
         folder: RunFolder,
         env: Mapping[str, str],
-        ask: Ask = ask_slurm,
+        ask: Ask = _ASK,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._saving, self._job = Saving(folder), job_number(env)
         self._ask, self._clock = ask, clock
-        self._end = self._find_end()
-        self._next_look = 0.0
+        self._began, self._next_look = clock(), 0.0
+        self._end: float | None = None
 
     def is_near(self) -> bool:
         """Look, a few times a minute; before it is true, Slurm is asked whether the end moved."""
         now = self._clock()
-        if self._end is None or now < self._next_look:
-            return False
-        self._next_look = now + _LOOK_SECONDS
-        lead = self._saving.lead()
-        if lead is None or now < self._end - lead - _LOOK_SECONDS:
+        lead = self._saving.lead() if now >= self._next_look else None
+        self._next_look = now + _LOOK_SECONDS if now >= self._next_look else self._next_look
+        if lead is None or (self._end is not None and now < self._latest(lead)):
             return False
         self._end = self._find_end() or self._end
-        return now >= self._end - lead - _LOOK_SECONDS
+        return self._end is not None and now >= self._latest(lead)
+
+    def _latest(self, lead: int) -> float:
+        """Return when to stop: half of the time that there was is for training, in any case."""
+        assert self._end is not None
+        return self._end - min(lead + _LOOK_SECONDS, (self._end - self._began) / 2)
 
     def _find_end(self) -> float | None:
         """Return when Slurm will end the job, None where that is open or not to be learnt."""

@@ -119,7 +119,9 @@ def watch(
             return
         now = time.monotonic()
         if not asked.numbers and is_time_up():
+            say("the time of this job is nearly up, by what saving has taken")
             asked.numbers.append(signal.SIGUSR1)
+            patient = True  # the time that saving takes is what it is about
         if len(asked.numbers) > passed_on:
             passed_on += 1
             if passed_on == 1:
@@ -143,7 +145,8 @@ def watch(
             killed = killed or now
         if killed is not None and now >= killed + _KILLED_SECONDS:
             for rank in running:
-                rank.code, rank.lost = 1, "it does not end, though it was killed: see dmesg there"
+                say(f"{rank.who} does not end, though it was killed: see dmesg there")
+                rank.code = -signal.SIGKILL
         time.sleep(_POLL_SECONDS)
 
 

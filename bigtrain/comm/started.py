@@ -58,7 +58,12 @@ def starter_of(env: Mapping[str, str] = os.environ) -> Starter | None:
 
 
 def num_nodes_given(env: Mapping[str, str] = os.environ) -> int | None:
-    """Return how many nodes Slurm has given to the step of this process, else to its job."""
+    """Return how many nodes Slurm has given to the step of this process, else to its job.
+
+    None outside of Slurm, and after a restart of torchrun, which goes on with those that are left.
+    """
+    if _count(env, "TORCHELASTIC_RESTART_COUNT"):
+        return None
     name = "SLURM_STEP_NUM_NODES" if _in_step(env) else "SLURM_JOB_NUM_NODES"
     return _count(env, name) or None
 

@@ -44,8 +44,11 @@ class Finding:
         return Problem(self.what, self.why, self.mend).render(indent)
 
 
-def findings(measured: Measured) -> list[Finding]:
-    """Return all that is wrong, what other faults follow from first."""
+def findings(measured: Measured, *, all_gpus: bool = True) -> list[Finding]:
+    """Return all that is wrong, what other faults follow from first.
+
+    all_gpus: whether all GPUs of each node were to be examined.
+    """
     return [
         *differences([{**node.facts, "name": node.name} for node in measured.nodes]),
         *_clocks(
@@ -54,6 +57,7 @@ def findings(measured: Measured) -> list[Finding]:
             [CLOCK_SECONDS + node.round_trip_seconds / 2 for node in measured.nodes],
         ),
         *_kernels(measured),
+        *(_idle_gpus(measured) if all_gpus else ()),
         *_devices(measured),
         *_links(measured),
         *_latencies(measured),
@@ -280,7 +284,7 @@ def slow_devices(devices: Sequence[Device]) -> list[tuple[Device, float]]:
 
 
 def _devices(measured: Measured) -> list[Finding]:
-    found = _idle_gpus(measured)
+    found = []
     for device in measured.devices:
         if device.fault:
             name = measured.nodes[device.node].name

@@ -220,9 +220,10 @@ def test_a_signal_while_hosts_join(hosts: Hosts, bench: Bench) -> None:
     words = ("bigtrain", "launch", "config.yaml", "--hosts", "n1,n4", hosts.ssh)
     try:
         run = start(hosts, bench, MANAGER, *words, "launch.processes=1", "parallel.dp=auto")
-        wait_for("the plan", lambda: "2 hosts" in screen(bench, MANAGER))
-        [launcher] = [pid for pid in marked(bench.mark) if "launch" in command_of(pid)[2:3]]
-        os.kill(launcher, signal.SIGINT)
+        called = lambda: [p for p in marked(bench.mark) if command_of(p)[:1] == ["ssh"]]  # noqa: E731
+        wait_for("ssh", called)
+        launchers = [pid for pid in marked(bench.mark) if "launch" in command_of(pid)[2:3]]
+        os.kill(min(launchers), signal.SIGINT)
         assert run.wait(20) == 130, screen(bench, MANAGER)
     finally:
         hosts.mend("n4")

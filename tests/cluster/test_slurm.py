@@ -154,11 +154,11 @@ def test_cancel_saves_and_leaves_nothing(cluster: Cluster) -> None:
 
 def test_cancelled_while_it_saves_for_the_limit(cluster: Cluster) -> None:
     """It is not to queue up again, though its time was nearly up."""
-    slow = ("model.factory=parts:model", "model.args={slow: 0.5}", "train.steps=60")
+    slow = ("model.factory=parts:model", "model.args={slow: 1.5}", "train.steps=60")
     number, run = cluster.submit("unwanted", *slow)
     cluster.wait_step(run, 2)
-    cluster.do("scancel", "--batch", "--signal=USR1", str(number))
-    cluster.do("scancel", str(number))
+    both = f"scancel --batch --signal=USR1 {number}; scancel {number}"
+    cluster.do("sh", "-c", both)
     assert cluster.ended(number).startswith("CANCELLED"), cluster.log(number, "unwanted")
     wait_for("nothing left", cluster.is_free, 15)
     assert cluster.slurm.job(number)["Restarts"] == "0", cluster.log(number, "unwanted")

@@ -58,6 +58,7 @@ def test_gpus_that_nobody_looked_at() -> None:
     [found] = findings(Measured(nodes, devices))
     assert found.what == "n1: not all of its 8 GPUs were examined"
     assert "--ranks-per-node 8" in found.mend
+    assert not findings(Measured(nodes, devices), all_gpus=False), "so many were asked for"
 
 
 def test_drivers_that_differ_are_no_reason_to_refuse_a_run() -> None:

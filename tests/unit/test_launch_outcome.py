@@ -69,7 +69,7 @@ def test_an_orderly_stop_keeps_its_code() -> None:
 def test_ranks_that_could_not_finish_in_time() -> None:
     error = told(rank(0, -9, ended_by_us=True), rank(1, -9, ended_by_us=True), asked=(10,))
     assert "SIGUSR1" in str(error)
-    assert error.exit_code == 138
+    assert error.exit_code == 143
 
 
 def test_leaving_early_with_code_zero_is_a_failure(tmp_path: Path) -> None:

@@ -63,10 +63,12 @@ def job(patient: bool = False) -> Job:
 def test_time_that_is_up_is_as_the_signal_of_slurm() -> None:
     team = Played(nothing, nothing, all_end(143, STOPPED))
     looks = iter([False, True])
+    told: list[str] = []
     with pytest.raises(Ended) as caught:
-        run_team(job(patient=True), team, 60, lambda _: None, lambda: next(looks))
-    assert team.did == ["start", signal.SIGTERM, "close"]
+        run_team(job(), team, 0.0, told.append, lambda: next(looks))
+    assert team.did == ["start", signal.SIGTERM, "close"], "saving takes the time that it takes"
     assert caught.value.asked == signal.SIGUSR1
+    assert "nearly up" in told[0]
 
 
 def test_a_rank_that_cannot_be_killed_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,11 +78,13 @@ def test_a_rank_that_cannot_be_killed_is_given_up(monkeypatch: pytest.MonkeyPatc
     def one_fails(team: Played) -> None:
         team.ranks[1].code, team.ranks[1].report = 1, {"text": "no more", "exit_code": 1}
 
-    team = Played(one_fails)
-    with pytest.raises(LaunchError) as caught:
-        run_team(job(), team, 60, lambda _: None)
+    team, told = Played(one_fails), []
+    with pytest.raises(Ended) as caught:
+        run_team(job(), team, 60, told.append)
     assert "end" in team.did
-    assert "rank 0 lost: it does not end, though it was killed" in str(caught.value)
+    assert told == ["rank 0 does not end, though it was killed: see dmesg there"]
+    assert str(caught.value).startswith("rank 1 failed: no more"), "that is what began it"
+    assert not caught.value.lost_nodes
 
 
 def test_a_rank_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -443,14 +443,37 @@ class Clock:
 
 def test_a_job_saves_as_early_as_saving_takes(tmp_path: Path) -> None:
     clock = Clock(tmp_path / "run")
-    limit = clock.limit()
+    limit, other = clock.limit(), clock.limit()
     clock.now = clock.time("11:59:30")
     assert not limit.is_near(), "nothing was measured: Slurm's own signal will come"
     clock.folder.metrics.write_text('{"step": 4, "save_seconds": 300.0}\n')
     clock.now = clock.time("11:49:00")  # 2 x 300 s + 30 s are needed, and the time between looks
-    assert not clock.limit().is_near()
+    assert not other.is_near()
     clock.now = clock.time("11:49:16")
-    assert clock.limit().is_near()
+    assert other.is_near()
+
+
+def test_saving_that_takes_longer_than_the_job(tmp_path: Path) -> None:
+    """It trains for half of its time: that is as good as can be, and better than not at all."""
+    clock = Clock(tmp_path / "run")
+    clock.folder.metrics.write_text('{"step": 4, "save_seconds": 3000.0}\n')
+    limit = clock.limit()
+    clock.now = clock.time("11:29:00")
+    assert not limit.is_near()
+    clock.now = clock.time("11:30:00")
+    assert limit.is_near()
+
+
+def test_slurm_that_does_not_tell_the_end_at_once(tmp_path: Path) -> None:
+    clock = Clock(tmp_path / "run")
+    clock.folder.metrics.write_text('{"step": 4, "save_seconds": 300.0}\n')
+    limit, good = clock.limit(), clock.slurm.answers["scontrol"]
+    clock.slurm.answers["scontrol"] = LaunchError("busy")
+    clock.now = clock.time("11:49:16")
+    assert not limit.is_near()
+    clock.slurm.answers["scontrol"] = good
+    clock.now = clock.time("11:49:32")
+    assert limit.is_near()
 
 
 def test_a_time_limit_that_was_moved(tmp_path: Path) -> None:

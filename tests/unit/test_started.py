@@ -74,14 +74,15 @@ def test_who_types_in_a_shell_of_srun_is_no_rank(monkeypatch: pytest.MonkeyPatch
         ({}, None),
         ({**BATCH, "SLURM_JOB_NUM_NODES": "4"}, 4),
         ({**TASK, "SLURM_JOB_NUM_NODES": "4", "SLURM_STEP_NUM_NODES": "2"}, 2),
+        ({**TASK, "SLURM_STEP_NUM_NODES": "2", "TORCHELASTIC_RESTART_COUNT": "1"}, None),
     ],
 )
 def test_nodes_that_slurm_has_given(env: dict[str, str], nodes: int | None) -> None:
     assert num_nodes_given(env) == nodes
 
 
-def rank_of(node: str, ranks: int = 2, given: int | None = None) -> dict[str, object]:
-    return {"node": node, "ranks": ranks, "given": given}
+def rank_of(node: str, given: int | None = None) -> dict[str, object]:
+    return {"node": node, "given": given}
 
 
 @pytest.mark.parametrize(
@@ -89,10 +90,10 @@ def rank_of(node: str, ranks: int = 2, given: int | None = None) -> dict[str, ob
     [
         ({"nodes": 2}, [rank_of("a"), rank_of("a")], "the 2 ranks are on 1 node"),
         ({"nodes": "3:4"}, [rank_of("a"), rank_of("b")], "launch.nodes = 3:4"),
-        ({}, [rank_of("a", 2, 2), rank_of("a", 2, 2)], "given 2 nodes, but the 2 ranks are on 1"),
+        ({}, [rank_of("a", 2), rank_of("a", 2)], "given 2 nodes, but the 2 ranks are on 1"),
         # One node has been reached by a step of its own, which is told of one node.
-        ({}, [rank_of("a", 1, 3), rank_of("b", 1, 1)], "given 3 nodes"),
-        ({"processes": 8}, [rank_of("a", 1), rank_of("b", 1)], "but nodes have 1 rank(s)"),
+        ({}, [rank_of("a", 3), rank_of("b", 1)], "given 3 nodes"),
+        ({"processes": 8}, [rank_of("a"), rank_of("b")], "but nodes have 1 rank(s)"),
     ],
 )
 def test_worlds_that_were_not_meant(
@@ -107,7 +108,7 @@ def test_worlds_that_were_not_meant(
 @pytest.mark.parametrize("launch", [{}, {"nodes": 1}, {"processes": 2}, {"nodes": "1:2"}])
 def test_worlds_that_were_meant(launch: dict[str, object]) -> None:
     given = 3 if "nodes" in launch else 1  # who says how many is believed
-    everyone = [rank_of("a", 2, given), rank_of("a", 2, given)]
+    everyone = [rank_of("a", given), rank_of("a", given)]
     assert wrong_world(LaunchSection.model_validate(launch), everyone) is None
 
 
