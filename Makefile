@@ -13,7 +13,8 @@ run: .venv/.ready
 	$(BIN)/bigtrain launch configs/quickstart.yaml --restart
 
 test: .venv/.ready
-	$(BIN)/python -m pytest $(WORKERS)
+	$(BIN)/python -m pytest $(WORKERS) -m "not alone"
+	$(BIN)/python -m pytest tests/cluster -m alone
 
 checks: lint
 	$(BIN)/python -m pytest $(WORKERS) -m "not cluster"

@@ -18,7 +18,7 @@ from virtual_nodes import MANAGER
 
 from bigtrain.kernels import build
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.cluster, pytest.mark.alone, pytest.mark.timeout(180)]
 on_slurm = pytest.mark.skipif(bool(why_no_slurm()), reason=why_no_slurm() or "Slurm is here")
 
 _SHIFT = """
