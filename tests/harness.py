@@ -44,7 +44,7 @@ def run_ranks(
     args: Sequence[Any] = (),
     layout: Layout | None = None,
     delay_seed: int | None = None,
-    timeout: float = 60.0,
+    timeout: float = 120.0,
 ) -> list[Any]:
     """Run `fn(mesh, *args)` on `world_size` ranks and return what each returned, in order.
 

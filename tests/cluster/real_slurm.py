@@ -121,7 +121,7 @@ class Slurm:
         names = self.job(number)["NodeList"]
         return self.ask("scontrol", "show", "hostnames", names).split()
 
-    def wait_state(self, number: int, *states: str, seconds: float = 60.0) -> str:
+    def wait_state(self, number: int, *states: str, seconds: float = 120.0) -> str:
         """Return the state of a job once it is one of these."""
         _wait(f"job {number} to be {states}", lambda: self.state(number) in states, seconds)
         return self.state(number)
@@ -138,7 +138,7 @@ class Slurm:
     def cancel_all(self) -> None:
         """Leave no job behind, and all nodes idle."""
         self.ask("scancel", "-u", "root")
-        _wait("an empty queue", lambda: not self.ask("squeue", "-h"), 30)
+        _wait("an empty queue", lambda: not self.ask("squeue", "-h"), 60)
 
     def close(self) -> None:
         with contextlib.suppress(OSError, subprocess.SubprocessError, RuntimeError, IndexError):
@@ -149,7 +149,7 @@ class Slurm:
             os.kill(int(pid.read_text()), 15)
 
 
-def _wait(what: str, condition: object, seconds: float = 20.0) -> None:
+def _wait(what: str, condition: object, seconds: float = 60.0) -> None:
     assert callable(condition)
     end = time.monotonic() + seconds
     while not condition():

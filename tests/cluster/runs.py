@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-PATIENCE = 40.0  # seconds that any wait may take before the test fails
+PATIENCE = 120.0  # seconds that any wait may take before the test fails
 GONE = 5.0  # seconds within which a failed or killed run has no process left
 
 # What tests/conftest.py or a shell may have set, and a user has not.
@@ -335,7 +335,7 @@ def run_example(ranks: int, script: str, *options: str) -> str:
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

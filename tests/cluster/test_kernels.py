@@ -87,7 +87,7 @@ def doctor(folder: Path, code: int = 0) -> str:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=150,
     )
     assert done.returncode == code, done.stdout + done.stderr
     assert done.stderr == ""

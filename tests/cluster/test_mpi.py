@@ -109,7 +109,7 @@ def own_loop(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
 

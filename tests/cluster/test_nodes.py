@@ -25,6 +25,7 @@ needs_ssh = pytest.mark.skipif(
 needs_mpi = pytest.mark.skipif(
     not shutil.which("mpiexec", path=str(BIN)), reason="there is no mpiexec"
 )
+LIMIT = 150.0  # seconds that a run may take on a busy machine
 LONG = (*SLOW, "train.steps=80", "eval.samples=8", "checkpoint.every=4", "parallel.dp=auto")
 SSHD = """
 Port 22
@@ -131,12 +132,12 @@ def test_hosts_by_ssh(hosts: Hosts, bench: Bench) -> None:
     words = ("bigtrain", "launch", "config.yaml", "--hosts", "hostfile", hosts.ssh)
     same = ("launch.threads_per_rank=1", "parallel.dp=auto")
     run = start(hosts, bench, MANAGER, *words, "launch.processes=1", *same)
-    assert run.wait(60) == 0, screen(bench, MANAGER)
+    assert run.wait(LIMIT) == 0, screen(bench, MANAGER)
     assert "4 hosts: 4 ranks, 1 on each of 4 nodes (n1, n2, n3, n4)" in screen(bench, MANAGER)
     files = RunFiles(bench.path, bench.path / "run")
     alone = bench.launch("parallel.dp=4", "launch.threads_per_rank=1", "run.dir=alone")
     assert files.losses() == alone.losses()
-    wait_for("nothing left", lambda: not marked(bench.mark), 15)
+    wait_for("nothing left", lambda: not marked(bench.mark), 30)
 
 
 @needs_ssh
@@ -149,11 +150,11 @@ def test_one_host_is_cut_off(hosts: Hosts, bench: Bench) -> None:
     wait_step(files, 5)
     hosts.cut("n2")
     try:
-        assert run.wait(30) == 1, screen(bench, MANAGER)
+        assert run.wait(LIMIT) == 1, screen(bench, MANAGER)
         told = screen(bench, MANAGER)
         assert "rank 1 on n2 lost: node n2 is gone: nothing was heard for" in told, told
         assert "Traceback" not in told
-        wait_for("nothing left, on both sides of the cut", lambda: not marked(bench.mark), 15)
+        wait_for("nothing left, on both sides of the cut", lambda: not marked(bench.mark), 30)
     finally:
         hosts.mend("n2")
 
@@ -167,7 +168,7 @@ def test_hosts_that_are_left_go_on(hosts: Hosts, bench: Bench) -> None:
     wait_step(files, 5)
     hosts.kill("n3")
     try:
-        assert run.wait(60) == 0, screen(bench, MANAGER)
+        assert run.wait(LIMIT) == 0, screen(bench, MANAGER)
     finally:
         hosts.boot("n3")
         hosts.start_sshd("n3")
@@ -181,12 +182,12 @@ def test_hosts_that_are_left_go_on(hosts: Hosts, bench: Bench) -> None:
 def test_a_host_that_does_not_answer(hosts: Hosts, bench: Bench) -> None:
     words = ("bigtrain", "launch", "config.yaml", "--hosts", "n1,nowhere", hosts.ssh)
     run = start(hosts, bench, MANAGER, *words, "launch.processes=1", "parallel.dp=auto")
-    assert run.wait(30) == 1
+    assert run.wait(LIMIT) == 1
     told = screen(bench, MANAGER)
     assert "1 of 2 nodes joined; nowhere did not" in told or "0 of 2 nodes" in told, told
     assert "nowhere" in told
     assert "Traceback" not in told
-    wait_for("nothing left", lambda: not marked(bench.mark), 15)
+    wait_for("nothing left", lambda: not marked(bench.mark), 30)
 
 
 @needs_ssh
@@ -202,13 +203,13 @@ def test_a_host_with_other_versions_is_refused_before_the_first_step(
     words = ("bigtrain", "launch", "config.yaml", "--hosts", "n1,n2,n3", hosts.ssh)
     try:
         run = start(hosts, bench, MANAGER, *words, "launch.processes=1", *batch)
-        assert run.wait(30) == 1, screen(bench, MANAGER)
+        assert run.wait(LIMIT) == 1, screen(bench, MANAGER)
         told = screen(bench, MANAGER)
         assert f"numpy is 1.0.7 on n2; {numpy.__version__} on the others" in told, told
         assert not list((bench.path / "run" / "logs").glob("rank-*.log")), "a rank was started"
         may_leave = ("launch.nodes=2:3", "launch.processes=1", *batch)
         more = start(hosts, bench, MANAGER, *words, *may_leave)
-        assert more.wait(60) == 0, screen(bench, MANAGER)
+        assert more.wait(LIMIT) == 0, screen(bench, MANAGER)
         assert "going on with 2 of 3 nodes" in screen(bench, MANAGER)
     finally:
         hosts.run("n2", "umount", str(record), check=True)
@@ -224,11 +225,11 @@ def test_a_signal_while_hosts_join(hosts: Hosts, bench: Bench) -> None:
         wait_for("ssh", called)
         launchers = [pid for pid in marked(bench.mark) if "launch" in command_of(pid)[2:3]]
         os.kill(min(launchers), signal.SIGINT)
-        assert run.wait(20) == 130, screen(bench, MANAGER)
+        assert run.wait(LIMIT) == 130, screen(bench, MANAGER)
     finally:
         hosts.mend("n4")
     assert "stopped by SIGINT before any rank was started" in screen(bench, MANAGER)
-    wait_for("nothing left", lambda: not marked(bench.mark), 15)
+    wait_for("nothing left", lambda: not marked(bench.mark), 30)
 
 
 # -- by MPI ------------------------------------------------------------------------------------
@@ -260,15 +261,15 @@ def test_mpiexec_on_two_hosts_of_which_one_is_cut_off(hosts: Hosts, bench: Bench
     wait_step(files, 5)
     hosts.cut("n2")
     try:
-        assert run.wait(40) != 0
+        assert run.wait(LIMIT) != 0
     finally:
         hosts.kill("n2")
         hosts.boot("n2")
         hosts.start_sshd("n2")
     assert "another rank did not come in time" in screen(bench, MANAGER), screen(bench, MANAGER)
-    wait_for("no rank left", lambda: not _tasks(bench), 15)
+    wait_for("no rank left", lambda: not _tasks(bench), 30)
     again = start(hosts, bench, MANAGER, *mpiexec(hosts, *overrides, "--resume"))
-    assert again.wait(60) == 0, screen(bench, MANAGER)
+    assert again.wait(LIMIT) == 0, screen(bench, MANAGER)
     alone = bench.launch(*LONG, "launch.processes=4", "launch.threads_per_rank=1", "run.dir=alone")
     assert files.losses() == alone.losses()
 
@@ -289,7 +290,7 @@ def torchrun(count: str, *words: str, restarts: int = 0) -> list[str]:
 def test_torchrun_on_several_hosts(nodes: VirtualNodes, bench: Bench, count: int) -> None:
     words = torchrun(str(count), "parallel.dp=auto", "launch.threads_per_rank=1")
     runs = [start(nodes, bench, name, *words) for name in nodes.names[:count]]
-    assert [run.wait(60) for run in runs] == [0] * count, screen(bench, "n1")
+    assert [run.wait(LIMIT) for run in runs] == [0] * count, screen(bench, "n1")
     files = RunFiles(bench.path, bench.path / "run")
     alone = bench.launch(f"parallel.dp={count}", "launch.threads_per_rank=1", "run.dir=alone")
     assert files.losses() == alone.losses()
@@ -302,7 +303,7 @@ def test_torchrun_with_one_host_cut_off(nodes: VirtualNodes, bench: Bench) -> No
     files = RunFiles(bench.path, bench.path / "run")
     wait_step(files, 5)
     nodes.cut("n2")
-    assert runs[0].wait(40) == 1
+    assert runs[0].wait(LIMIT) == 1
     told = screen(bench, "n1")
     assert "rank 0" in told
     assert "another rank did not come in time" in told, told
@@ -311,7 +312,7 @@ def test_torchrun_with_one_host_cut_off(nodes: VirtualNodes, bench: Bench) -> No
     saved = files.checkpoints()
     assert saved
     more = torchrun("1", *LONG, "--resume")
-    assert start(nodes, bench, "n1", *more).wait(60) == 0, screen(bench, "n1")
+    assert start(nodes, bench, "n1", *more).wait(LIMIT) == 0, screen(bench, "n1")
     assert len(files.losses()) == 80
 
 
@@ -323,7 +324,7 @@ def test_torchrun_restarts_with_the_hosts_that_are_left(nodes: VirtualNodes, ben
     files = RunFiles(bench.path, bench.path / "run")
     wait_step(files, 5)
     nodes.kill("n2")
-    assert first.wait(90) == 0, screen(bench, "n1")
+    assert first.wait(LIMIT) == 0, screen(bench, "n1")
     assert len(files.losses()) == 80
     assert "set TORCH_DISABLE_SHARE" not in screen(bench, "n1")
 

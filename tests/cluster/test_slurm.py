@@ -41,7 +41,7 @@ class Cluster:
 
     def do(self, *command: str, code: int = 0, cwd: Path | None = None, **options: Any) -> str:
         """Run a command on the login node; return all that it prints."""
-        options = {"timeout": 60, "env": self.env, "cwd": cwd or self.bench.path, **options}
+        options = {"timeout": 120, "env": self.env, "cwd": cwd or self.bench.path, **options}
         done = self.slurm.nodes.run(MANAGER, *command, **options)
         assert done.returncode == code, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout + done.stderr
@@ -72,7 +72,7 @@ class Cluster:
     def wait_step(self, run: RunFiles, step: int) -> None:
         wait_for(f"step {step}", lambda: any(r["step"] >= step for r in run.metrics()))
 
-    def ended(self, number: int, *states: str, seconds: float = 60) -> str:
+    def ended(self, number: int, *states: str, seconds: float = 120) -> str:
         return self.slurm.wait_state(
             number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", *states, seconds=seconds
         )
@@ -121,7 +121,7 @@ def test_submit_and_follow(cluster: Cluster) -> None:
         f"rank-{rank}.log" for rank in range(4)
     ]
     assert "bigtrain 0." in (run.folder / "slurm" / "code.txt").read_text()
-    wait_for("nothing left", cluster.is_free, 15)
+    wait_for("nothing left", cluster.is_free, 30)
 
 
 def test_a_script_goes_on_where_it_was_by_plain_sbatch(cluster: Cluster, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_cancel_saves_and_leaves_nothing(cluster: Cluster) -> None:
     assert f"job {number} of this run is running already" in refused
     assert "cancelled" in cluster.do("bigtrain", "jobs", "cancel", "cancelled")
     assert cluster.ended(number).startswith("CANCELLED")
-    wait_for("nothing left", cluster.is_free, 15)
+    wait_for("nothing left", cluster.is_free, 30)
     steps = len(run.losses())
     assert run.checkpoints()[-1] == f"step-{steps:08}", cluster.log(number, "cancelled")
     assert "no job of bigtrain" in cluster.do("bigtrain", "jobs")
@@ -160,7 +160,7 @@ def test_cancelled_while_it_saves_for_the_limit(cluster: Cluster) -> None:
     both = f"scancel --batch --signal=USR1 {number}; scancel {number}"
     cluster.do("sh", "-c", both)
     assert cluster.ended(number).startswith("CANCELLED"), cluster.log(number, "unwanted")
-    wait_for("nothing left", cluster.is_free, 15)
+    wait_for("nothing left", cluster.is_free, 30)
     assert cluster.slurm.job(number)["Restarts"] == "0", cluster.log(number, "unwanted")
     assert "queues up again" not in cluster.log(number, "unwanted")
 
@@ -214,10 +214,10 @@ def test_node_killed_in_the_middle(cluster: Cluster, undisturbed: list[float]) -
     cluster.wait_step(run, 6)
     victim = cluster.slurm.nodes_of(number)[1]
     cluster.slurm.nodes.kill(victim)
-    wait_for("the job to end", lambda: cluster.slurm.state(number) != "RUNNING", 20)
+    wait_for("the job to end", lambda: cluster.slurm.state(number) != "RUNNING", 60)
     log = cluster.log(number, "killed")
     assert f"lost {victim}: job {number} queues up again" in log, log
-    wait_for("nothing left", cluster.is_free, 15)
+    wait_for("nothing left", cluster.is_free, 30)
     cluster.slurm.nodes.boot(victim)
     cluster.slurm.start_daemon(victim)
     cluster.slurm.start_now(number)
@@ -248,7 +248,7 @@ def test_sweep(cluster: Cluster) -> None:
     cluster.wait_step(cluster.run("sweep/1"), 3)
     cluster.do("scancel", "--batch", "--signal=USR1", f"{number}_1")
     cluster.slurm.start_now(f"{number}_1")
-    wait_for("an empty queue", lambda: not cluster.slurm.ask("squeue", "-h"), 60)
+    wait_for("an empty queue", lambda: not cluster.slurm.ask("squeue", "-h"), 120)
     curves = [cluster.run(f"sweep/{task}").losses() for task in (0, 1)]
     assert [len(curve) for curve in curves] == [30, 30], number
     assert curves[0] != curves[1]

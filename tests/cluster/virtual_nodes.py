@@ -100,7 +100,7 @@ class VirtualNodes:
                 stderr=log,
             )
         self._holders[name] = holder
-        end = time.monotonic() + 10
+        end = time.monotonic() + 30
         while not ready.exists():
             if holder.poll() is not None or time.monotonic() > end:
                 text = (self.folder / f"boot.{name}.log").read_text()
@@ -145,7 +145,7 @@ class VirtualNodes:
 
     def run(self, name: str, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run a command on a node and return what came of it."""
-        options = {"timeout": 30, "capture_output": True, "text": True, **options}
+        options = {"timeout": 60, "capture_output": True, "text": True, **options}
         return subprocess.run([*self.inside(name, options.get("cwd")), *command], **options)
 
 
