@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # A worker for each core, files whole: what a file's tests share is brought up once.
-WORKERS ?= -n auto --dist loadfile
+WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: run test checks lint slurm clean
 run: .venv/.ready

@@ -176,7 +176,7 @@ def closed_form(engine: Engine) -> float | None:
     total, again = 0.0, []
     for bucket in path.buckets:
         wire = getattr(path.sync, "wire", None)
-        total += others * bucket.numel * (wire.bytes_per_element if wire else 2 * 4)
+        total += others * bucket.numel * (wire.bytes_per_element(bucket) if wire else 2 * 4)
         if bucket.sharing.inner.degree > 1:
             again.append(others * bucket.numel * bucket.params.element_size())
             total += again[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, TypeGuard
 
 import torch
@@ -16,8 +16,9 @@ from bigtrain.comm.collectives import all_gather_object, together
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Axis, Mesh
 from bigtrain.comm.p2p import Links
-from bigtrain.config.schema import ZeroSection
+from bigtrain.config.schema import CompressionSection, ZeroSection
 from bigtrain.errors import BigtrainError
+from bigtrain.onebit.feedback import FeedbackWire
 from bigtrain.ops.dropout import number_dropout
 from bigtrain.optim import WHOLE_KINDS, KindOf, decay_kind, known_kind
 from bigtrain.pipeline.run import Pipeline
@@ -38,6 +39,7 @@ from bigtrain.tensor.apply import broadcast_replicated
 from bigtrain.tensor.plan import match_plan
 from bigtrain.zero.share import Sharings
 from bigtrain.zero.state import state_memory
+from bigtrain.zero.wire import make_wire
 
 FROZEN = "frozen"
 
@@ -52,6 +54,7 @@ def parallelize(
     dtype: torch.dtype = torch.float32,
     bucket_mb: float = 25.0,
     zero: int | ZeroSection = 0,
+    compression: str | CompressionSection = "none",
     kind_of: KindOf = decay_kind,
 ) -> GradientPath:
     """Spread `model` over `mesh`, in place, and return the path that its gradients take.
@@ -82,6 +85,7 @@ def parallelize(
         dtype=dtype,
         bucket_mb=bucket_mb,
         zero=zero,
+        compression=compression,
         kind_of=kind_of,
     )
     return pipeline.path
@@ -103,6 +107,7 @@ def build_pipeline(
     dtype: torch.dtype = torch.float32,
     bucket_mb: float = 25.0,
     zero: int | ZeroSection = 0,
+    compression: str | CompressionSection = "none",
     kind_of: KindOf = decay_kind,
 ) -> Pipeline:
     """Spread `model` over `mesh`, in place, its pipeline axis included; return what runs it.
@@ -116,6 +121,7 @@ def build_pipeline(
         (`pipeline_layers()`), or any modules of it. None: stages of about equal cost.
     cost: "counted" (operations, from shapes alone) or "measured" (time on the first rank's CPU).
     zero: what data-parallel ranks share out, a stage or all about it (see docs/zero.md).
+    compression: how gradients and updates travel, a kind or all about it (see docs/compression.md).
     kind_of(name, parameter): what the optimizer does with it; `decay_kind`, or `kinds_for` of one.
     example, loss_of: a batch (of one microbatch) and the loss function that will be used. Needed
         to find the units of a model that lists no layers, and to balance; all ranks give the same.
@@ -148,7 +154,8 @@ def build_pipeline(
     model.to(mesh.device)
     _cast_untrained(model, dtype)
     section = zero if isinstance(zero, ZeroSection) else _zero_section(zero)
-    path = _path(model, mesh, cut, dtype, bucket_mb, section, kind_of)
+    packed = _compression_section(compression)
+    path = _path(model, mesh, cut, dtype, bucket_mb, section, packed, kind_of)
     stages = [whole(model)]
     if chain is not None:
         here = [stage for stage, rank in enumerate(placement) if rank == mesh.pp.rank]
@@ -176,29 +183,29 @@ def _path(
     dtype: torch.dtype,
     bucket_mb: float,
     zero: ZeroSection,
+    compression: CompressionSection,
     kind_of: KindOf,
 ) -> GradientPath:
     """Put what this rank trains into buckets, equal on all ranks that hold it."""
-    sharings = Sharings(mesh, zero, {cut.holders[n] for t, n in cut.names.items() if _is_param(t)})
+    holders = {cut.holders[n] for t, n in cut.names.items() if _is_param(t)}
+    sharings = _sharings(mesh, zero, compression, holders, dtype)
     own = {*model.parameters(), *model.buffers()}
     names = {tensor: name for tensor, name in cut.names.items() if tensor in own}
-    # What stages share comes last in backward, so it is first here: buckets go the other way.
-    parameters = sorted(
-        ((name, p) for p, name in names.items() if _is_param(p)),
-        key=lambda item: len(cut.holders[item[0]]) == 1,
-    )
     wanted = [
         Wanted(
             name,
             p,
             known_kind(name, p, kind_of) if p.requires_grad else FROZEN,
             cut.shards[name],
-            sharings.of(cut.holders[name], p),
+            sharings.of(cut.holders[name], p, cut.shards[name]),
             cut.stages_of(p),
         )
-        for name, p in parameters
-        if p.requires_grad or (zero.stage == 3 and p.is_floating_point())
+        for p, name in names.items()
+        if _is_param(p) and (p.requires_grad or (zero.stage == 3 and p.is_floating_point()))
     ]
+    # Buckets leave in the reverse of this order: last what stages share, which comes last in
+    # backward, and before it what goes exactly beside compressed ones, which would cut these up.
+    wanted.sort(key=lambda w: (len(cut.holders[w.name]) == 1, w.sharing.compressed))
     memory = state_memory(zero.offload, zero.offload_dir, mesh.device)
     buckets = build_buckets(
         wanted, bucket_mb=bucket_mb, dtype=dtype, new_state=memory, uncut=WHOLE_KINDS
@@ -214,6 +221,61 @@ def _path(
         axis_of=lambda name: sharings.axis_of(cut.holders[name]),
         device=mesh.device,
     )
+
+
+def _compression_section(kind: str | CompressionSection) -> CompressionSection:
+    if isinstance(kind, CompressionSection):
+        return kind
+    if kind not in ("none", "safe"):
+        raise BigtrainError(
+            f"compression={kind!r} is no kind",
+            why="safe sends gradients in 4 bits and updates in 8; none sends all as it is",
+            mend="use none, safe, or a CompressionSection",
+        )
+    return CompressionSection(kind=kind)  # type: ignore[arg-type]
+
+
+def _sharings(
+    mesh: Mesh,
+    zero: ZeroSection,
+    compression: CompressionSection,
+    holders: Set[tuple[int, ...]],
+    dtype: torch.dtype,
+) -> Sharings:
+    """Return how parameters are shared out, and by what they travel."""
+    plain = make_wire(zero.reduce_dtype)
+    if compression.kind == "none" or mesh.dp.degree == 1:
+        return Sharings(mesh, zero, holders, plain)
+
+    _refuse_with_compression(compression.kind, zero, dtype)
+
+    def compresses(param: torch.Tensor, shard: Shard) -> bool:
+        # What several ranks hold beside data-parallel ones must stay equal there, bit for bit.
+        large = len(shard.shape) > 1 and math.prod(shard.shape) >= compression.least_numel
+        return large and shard.num_replicas == 1
+
+    wire = FeedbackWire(plain, block=compression.block, resync_every=compression.resync_every)
+    # Somebody must own what all others get by deltas.
+    owned = zero if zero.stage else zero.model_copy(update={"stage": 1})
+    return Sharings(mesh, owned, holders, wire, compresses)
+
+
+def _refuse_with_compression(kind: str, zero: ZeroSection, dtype: torch.dtype) -> None:
+    """Refuse what a config is refused for (config/check.py), for loops of one's own."""
+    refused = {
+        "dtype=float16": (dtype is torch.float16, "what was lost is in units of the loss scale"),
+        "zero.offload": (zero.offload != "none", "main parameters must be where parameters are"),
+        "zero.reduce_dtype=int8": (zero.reduce_dtype == "int8", "what must be exact would not be"),
+        "zero.shard_degree": (
+            zero.shard_degree is not None,
+            "what goes between groups would not be compressed",
+        ),
+    }
+    for what, (is_so, why) in refused.items():
+        if is_so:
+            raise BigtrainError(
+                f"compression={kind} with {what}", why=why, mend=f"leave out {what}, or compression"
+            )
 
 
 def _is_param(tensor: torch.Tensor) -> TypeGuard[nn.Parameter]:

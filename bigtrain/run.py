@@ -154,6 +154,8 @@ def _announce(trainer: Trainer, source: Path | None, resume: bool) -> None:
     )
     if trainer.mesh.pp.degree > 1:
         log.info("pipeline  |  %s", describe_schedule(trainer.config, trainer.mesh.layout))
+    if trainer.config.compression.kind != "none":
+        _announce_compression(trainer)
     if trainer.memory is not None:
         log.info("memory    |  %s on this rank, and activations", trainer.memory)
     if source is not None:
@@ -162,6 +164,18 @@ def _announce(trainer: Trainer, source: Path | None, resume: bool) -> None:
         log.warning("no checkpoint in %s yet: starting from the beginning", trainer.checkpoints)
     if trainer.step >= train.steps:
         log.warning("step %d of %d is done already: raise train.steps", trainer.step, train.steps)
+
+
+def _announce_compression(trainer: Trainer) -> None:
+    share = trainer.share_compressed()
+    if share == 0:
+        log.warning(
+            "compression.kind = %s compresses nothing: there is one data-parallel rank, or no "
+            "parameter of compression.least_numel elements",
+            trainer.config.compression.kind,
+        )
+    else:
+        log.info("compression | %.1f %% of the parameters on this rank", 100 * share)
 
 
 def _loop(trainer: Trainer, folder: RunFolder, console: Console | None) -> float | None:

@@ -20,7 +20,6 @@ import torch
 from bigtrain.checkpoint.load import find_last_good, load_blocks
 from bigtrain.checkpoint.manifest import LossScaleEntry, Manifest, State
 from bigtrain.checkpoint.save import prune, save
-from bigtrain.comm.block import NamedBlock
 from bigtrain.comm.collectives import (
     Pending,
     all_gather_object,
@@ -28,6 +27,7 @@ from bigtrain.comm.collectives import (
     start_all_reduce,
     together,
 )
+from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Mesh
 from bigtrain.compose import build_pipeline
 from bigtrain.config.check import microbatches_of, schedule_of
@@ -38,7 +38,7 @@ from bigtrain.data.permutation import derive_seed
 from bigtrain.data.stream import TrainStream, rank_positions, seed_everything, validation_batches
 from bigtrain.engines.deepspeed_engine import DeepSpeedEngine
 from bigtrain.engines.deepspeed_setup import load_deepspeed
-from bigtrain.engines.native import NativeState, predict_memory
+from bigtrain.engines.native import ERRORS, NativeState, predict_memory
 from bigtrain.engines.seam import Gradients, Holder, Runner, Updater
 from bigtrain.errors import BigtrainError, CheckpointError, NonFiniteError
 from bigtrain.lifetime import STOP_SIGNALS
@@ -137,6 +137,7 @@ class Trainer:
             dtype=self.dtype,
             bucket_mb=config.parallel.bucket_mb,
             zero=config.zero,
+            compression=config.compression,
             kind_of=kinds_for(config.optimizer, self.model),
         )
 
@@ -300,7 +301,9 @@ class Trainer:
     def _divisor(self, norm: float, correction: float) -> torch.Tensor | None:
         """Return what to divide gradients by: item count, loss scale, clipping; None for 1."""
         most = self.config.train.max_grad_norm
-        divisor = correction * (max(1.0, (norm + 1e-6) / most) if most else 1.0)
+        clip = max(1.0, (norm + 1e-6) / most) if most else 1.0
+        self.path.clipped(clip)
+        divisor = correction * clip
         if divisor == 1.0:
             return None
         return torch.tensor(divisor, dtype=torch.float32, device=self.mesh.device)
@@ -422,7 +425,9 @@ class Trainer:
             if scale.dynamic
             else None,
         )
-        where = save(self.checkpoints, state, list(self._blocks()), self.mesh.world)
+        self.state.consolidate()
+        blocks = [*self.state.blocks(), *self.state.errors()]
+        where = save(self.checkpoints, state, blocks, self.mesh.world)
         if self.mesh.rank == 0:
             keep = self.config.checkpoint
             prune(self.checkpoints, self.step, keep.keep_last, keep.keep_every)
@@ -444,6 +449,12 @@ class Trainer:
         everyone = all_gather_object(mine, self.mesh.world, "search for a NaN")
         return list(dict.fromkeys(name for names in everyone for name in names))
 
+    def share_compressed(self) -> float:
+        """Return which share of what this rank trains travels in few bits."""
+        buckets = self.path.buckets if isinstance(self.path, GradientPath) else []
+        numel = sum(bucket.numel for bucket in buckets)
+        return sum(b.numel for b in buckets if b.sharing.compressed) / max(1, numel)
+
     def check_replicas(self) -> None:
         """Compare, bit for bit, what several ranks hold: parameters and optimizer state.
 
@@ -452,7 +463,9 @@ class Trainer:
         Raises:
             BigtrainError: on every rank, naming what differs and between which ranks.
         """
-        differences = find_divergence(self._blocks(), self.mesh.world)
+        self.path.settle()
+        blocks = itertools.chain(self.state.blocks(), self.state.replicas())
+        differences = find_divergence(blocks, self.mesh.world)
         if differences:
             raise BigtrainError(
                 f"after step {self.step}, replicas are not equal: {'; '.join(differences[:3])}",
@@ -470,7 +483,8 @@ class Trainer:
         found = find_last_good(self.checkpoints, self.mesh.world)
         if found is None:
             return None
-        names = sorted({block.name for block in self._blocks()})
+        blocks = itertools.chain(self.state.blocks(), self.state.errors())
+        names = sorted({block.name for block in blocks})
         everyone = all_gather_object(names, self.mesh.world, "names of what the ranks have")
         known = {name for names in everyone for name in names}
         together(lambda: self._take_up(*found, known), self.mesh.world, "loading a checkpoint")
@@ -498,24 +512,21 @@ class Trainer:
                     why="it would not go on as the run that it is",
                     mend=mend,
                 )
-        left_over = sorted(manifest.tensors.keys() - known)
+        kept = {name for name in manifest.tensors if name.startswith(ERRORS)}
+        left_over = sorted(manifest.tensors.keys() - known - kept)
         if left_over:
             raise CheckpointError(
                 f"{where} has {len(left_over)} tensors that this run has not, like {left_over[0]}",
                 why="the checkpoint is of another model or of another optimizer",
                 mend="resume with the config that wrote it (it is in its manifest)",
             )
-        self.state.take_up(partial(load_blocks, where, manifest))
+        self.state.take_up(partial(load_blocks, where, manifest), manifest.tensors.keys())
         self.step, self.cursor = state.step, state.cursor
         self.optimizer.num_updates = state.num_updates
         if state.loss_scale is not None and self.loss_scale.dynamic:
             saved = state.loss_scale
             self.loss_scale.scale, self.loss_scale.good_steps = saved.scale, saved.good_steps
         self._stream = None
-
-    def _blocks(self) -> Iterator[NamedBlock]:
-        """Yield everything that a checkpoint holds, as blocks of this rank's own memory."""
-        return self.state.blocks()
 
 
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> tuple[str, str]:

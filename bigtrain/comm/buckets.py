@@ -61,6 +61,8 @@ class Sharing:
 
     Each rank of `inner` owns a block; the ranks of `outer` own the same one. Gradients and
     parameters that are `sharded` are there as blocks only, but for the moments of their use.
+    Of what is `compressed`, main parameters and what ranks compute with differ by a little that is
+    still to be sent.
     """
 
     axis: Axis
@@ -68,6 +70,7 @@ class Sharing:
     outer: Axis
     sharded_grads: bool = False
     sharded_params: bool = False
+    compressed: bool = False
 
     @classmethod
     def none(cls, axis: Axis) -> Sharing:
@@ -84,7 +87,7 @@ class Bucket:
     shard: of these, the block that this rank owns: a view, or memory of its own.
     main_params, main_grads: fp32, of that block. With an fp32 model `main_params` is `shard`
     itself, unless the optimizer's state lives elsewhere; otherwise an update leaves its result in
-    `low_params` too, for `shard`.
+    `low_params` too, for `shard`. If that follows by compressed deltas, `low_params` is None.
     grads: fp32, all of them; where they are sharded, None but while backward fills it.
     stages: the pipeline stages of this rank that use these parameters.
     """
@@ -141,7 +144,7 @@ class Bucket:
         if first < last:
             part = slice(first - start, last - start)
             self.shard[part].copy_(self.params[first:last])
-            if self.low_params is not None:
+            if self.main_params is not self.shard:
                 self.main_params[part].copy_(self.params[first:last])
 
     def open_grads(self) -> torch.Tensor:
@@ -149,9 +152,14 @@ class Bucket:
         if self.grads is None:
             device = self.params.device
             self.grads = torch.empty(self.numel, dtype=torch.float32, device=device)
+            self.clear_gaps()
+        return self.grads
+
+    def clear_gaps(self) -> None:
+        """Make padding zero again: of what shares a scale with a NaN, all has become one."""
+        if self.grads is not None:
             for start, stop in self.gaps:
                 self.grads[start:stop].zero_()
-        return self.grads
 
     def segments(self) -> Iterator[Segment]:
         """Yield the stretches of one sort that this rank owns."""
@@ -178,17 +186,17 @@ class Segment:
 
     @property
     def main_params(self) -> torch.Tensor:
-        return self._of(self.bucket.main_params)
+        return self.of(self.bucket.main_params)
 
     @property
     def main_grads(self) -> torch.Tensor:
-        return self._of(self.bucket.main_grads)
+        return self.of(self.bucket.main_grads)
 
     @property
     def low_params(self) -> torch.Tensor | None:
         """What the model computes with, if that is not `main_params` itself."""
         low = self.bucket.low_params
-        return None if low is None else self._of(low)
+        return None if low is None else self.of(low)
 
     def new_state(self) -> torch.Tensor:
         """Return zeros, one for each element, where the optimizer's state lives."""
@@ -204,7 +212,8 @@ class Segment:
             if slot.sort == (self.kind, self.num_replicas) and first < last:
                 yield slot, first - self.start, last - self.start
 
-    def _of(self, block: torch.Tensor) -> torch.Tensor:
+    def of(self, block: torch.Tensor) -> torch.Tensor:
+        """Return this segment's part of a flat tensor of the owned block."""
         begin = self.bucket.owned[0]
         return block[self.start - begin : self.stop - begin]
 
@@ -349,9 +358,11 @@ def _fill(
     block = slice(sharing.inner.rank * size, (sharing.inner.rank + 1) * size)
     shard = params[block].clone() if sharing.sharded_params else params[block]
     main, low = shard, None
-    if trained and (dtype != torch.float32 or new_state is not None):
+    by_deltas = sharing.compressed and not sharing.sharded_params
+    if trained and (dtype != torch.float32 or new_state is not None or by_deltas):
         main = (new_state or zeros)(size)
         main.copy_(full[block])
+    if main is not shard and not by_deltas:
         low = shard if main.device == shard.device else torch.empty_like(shard, device=main.device)
     grads = zeros(numel) if trained and not sharing.sharded_grads else None
     main_grads = grads[block] if grads is not None else zeros(size if trained else 0)

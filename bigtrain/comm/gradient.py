@@ -102,6 +102,7 @@ class GradientPath:
         self._open: set[nn.Parameter] = set()  # whose gradients are not final in this step
         self._by_step = self._by_passage = _Departures(())
         self._unpublished = list(self.buckets)
+        self._clip: float | None = None  # what the last gradient was divided by
         self._buffers = ModelBuffers(model, sync.axis)
         self._places = {
             slot.param: (bucket, slot) for bucket in self.buckets for slot in bucket.slots
@@ -254,9 +255,62 @@ class GradientPath:
         """
         self.sync.finish()
         self._state = _State.IDLE
+        self.restore({})  # of what wires have kept, a part is of this step
         for bucket in self.buckets:
             bucket.grads = None if bucket.sharing.sharded_grads else bucket.grads
         self._buffers.restore()
+
+    def consolidate(self) -> None:
+        """Bring to owners what ranks keep of gradients for later, and exact parameters to all.
+
+        All ranks call it before they save; the run that goes on and the one that resumes then do
+        the same. Communicates only where a wire keeps something.
+        """
+        wire = self.sync.wire
+        if wire is not None and wire.keeps:
+            self.settle()  # of the last step; what is published next would take its place
+            self._clip = None
+            for bucket in self.buckets:
+                self._take_up_changes(bucket)
+                wire.consolidate(bucket)
+            self.publish()
+            self.settle()
+
+    def clipped(self, divisor: float) -> None:
+        """Note by what the gradient of this step is divided so that it is not too long.
+
+        What a wire has kept of it is then as much too long, beside the steps around: where a step
+        is divided by more than the one before, it is shrunk by as much.
+        """
+        wire, before = self.sync.wire, self._clip
+        self._clip = divisor
+        if wire is not None and wire.keeps and divisor > (before or divisor):
+            for bucket in self.buckets:
+                wire.shrink(bucket, (before or divisor) / divisor)
+
+    def errors(self) -> Iterator[tuple[Segment, torch.Tensor]]:
+        """Yield what all ranks together keep of each segment for later, where a wire does."""
+        for bucket in self.buckets:
+            kept = self.sync.wire.kept(bucket) if self.sync.wire is not None else None
+            if kept is not None:
+                for segment in bucket.segments():
+                    yield segment, segment.of(kept)
+
+    def restore(self, errors: Mapping[Bucket, torch.Tensor]) -> None:
+        """Keep what was saved of each bucket's block; of others nothing."""
+        for bucket in self.buckets:
+            if self.sync.wire is not None:
+                self.sync.wire.restore(bucket, errors.get(bucket))
+
+    def replicas(self) -> Iterator[NamedBlock]:
+        """Yield what ranks compute with, where it is not the main parameters, as named blocks."""
+        replica = self.sync.axis.rank, self.sync.axis.degree
+        for bucket in self.buckets:
+            if bucket.sharing.compressed and not bucket.sharing.sharded_params:
+                for slot in bucket.slots:
+                    whole = Block.whole(slot.shape)
+                    part = slot.view(bucket.params)
+                    yield from slot.shard.named_blocks("replica." + slot.name, whole, part, replica)
 
     # -- what others ask -----------------------------------------------------------------------
 

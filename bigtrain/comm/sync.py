@@ -16,6 +16,7 @@ from torch import nn
 from bigtrain.comm.buckets import Bucket
 from bigtrain.comm.collectives import Pending, start_all_reduce
 from bigtrain.comm.mesh import Axis
+from bigtrain.comm.wire import Wire
 
 Passage = Literal["forward", "backward", "inputs", "weights", "evaluation"]
 
@@ -30,6 +31,10 @@ class GradientSync(Protocol):
     """
 
     axis: Axis
+
+    @property
+    def wire(self) -> Wire | None:
+        """What carries the buckets that are shared out, if any are."""
 
     def attach(self, model: nn.Module, buckets: Sequence[Bucket]) -> None:
         """Begin to look after `buckets`, which are all that there are, frozen ones too."""
@@ -68,6 +73,7 @@ class Replicated:
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
+        self.wire: Wire | None = None
         self._pending: list[Pending[torch.Tensor]] = []
 
     def attach(self, model: nn.Module, buckets: Sequence[Bucket]) -> None:

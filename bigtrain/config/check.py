@@ -14,6 +14,7 @@ from bigtrain.config.check_deepspeed import deepspeed_rule
 from bigtrain.config.check_update import UPDATE_RULES
 from bigtrain.config.layout import Layout, legal_head_degrees
 from bigtrain.config.schema import (
+    CompressionSection,
     Config,
     FactoryModel,
     GptModel,
@@ -355,6 +356,56 @@ def _zero(config: Config, world_size: int | None) -> Iterator[Problem]:
         )
 
 
+def _compression(config: Config, world_size: int | None) -> Iterator[Problem]:
+    section, plain = config.compression, CompressionSection()
+    if section.kind == "none":
+        for key in CompressionSection.model_fields:
+            if getattr(section, key) != getattr(plain, key):
+                yield Problem(
+                    f"compression.{key} has no meaning for compression.kind = none",
+                    why="nothing is compressed",
+                    mend=f"remove compression.{key}, or set compression.kind=safe",
+                    keys=(f"compression.{key}", "compression.kind"),
+                )
+        return
+    kind, name = section.kind, "compression.kind"
+    if config.train.precision == "fp16":
+        yield Problem(
+            f"compression.kind = {kind} with train.precision = fp16",
+            why="what was lost is in units of the loss scale, which changes",
+            mend="set train.precision=bf16 or fp32, or compression.kind=none",
+            keys=(name, "train.precision"),
+        )
+    if config.zero.offload != "none":
+        yield Problem(
+            f"compression.kind = {kind} with zero.offload = {config.zero.offload}",
+            why="updates are compressed where parameters are, and main parameters are elsewhere",
+            mend="set zero.offload=none or compression.kind=none",
+            keys=(name, "zero.offload"),
+        )
+    if config.zero.reduce_dtype == "int8":
+        yield Problem(
+            f"compression.kind = {kind} with zero.reduce_dtype = int8",
+            why="what compression sends exactly would lose something, for good",
+            mend="remove zero.reduce_dtype",
+            keys=("zero.reduce_dtype", name),
+        )
+    if config.zero.shard_degree is not None:
+        yield Problem(
+            f"compression.kind = {kind} with zero.shard_degree = {config.zero.shard_degree}",
+            why="what goes between the groups would not be compressed, and that is the slower way",
+            mend="remove zero.shard_degree or set compression.kind=none",
+            keys=("zero.shard_degree", name),
+        )
+    if config.engine.kind == "deepspeed":
+        yield Problem(
+            f"compression.kind = {kind} with engine.kind = deepspeed",
+            why="DeepSpeed's engine sends gradients itself",
+            mend="set engine.kind=native or compression.kind=none",
+            keys=(name, "engine.kind"),
+        )
+
+
 def _one_starter(config: Config, world_size: int | None) -> Iterator[Problem]:
     if config.launch.mpi is not None and config.launch.container is not None:
         yield Problem(
@@ -377,5 +428,6 @@ RULES: tuple[Rule, ...] = (
     _generate,
     *UPDATE_RULES,
     _zero,
+    _compression,
     deepspeed_rule,
 )

@@ -211,6 +211,18 @@ class ZeroSection(Section):
     """Folder of those files, on a local disk. Empty: the folder for temporary files."""
 
 
+class CompressionSection(Section):
+    kind: Literal["none", "safe"] = "none"
+    """How gradients and updates travel. safe: gradients in 4 bits to the rank that updates them,
+    updates in 8 bits back; what is lost is sent with the next."""
+    block: Annotated[int, Field(ge=64, multiple_of=64)] = 256
+    """Elements of a gradient that share one scale."""
+    least_numel: Annotated[int, Field(ge=0)] = 65536
+    """Parameters of fewer elements than this travel exactly, as all of one dimension do."""
+    resync_every: Annotated[int, Field(ge=0)] = 500
+    """Steps after which parameters travel exactly once; 0: only when a run begins or saves."""
+
+
 class PipelineSection(Section):
     schedule: Annotated[str, Field(min_length=1)] = "1f1b"
     """gpipe, 1f1b, interleaved, zb_h1, zb_v, dualpipe_v, or the path of a table (.csv)."""
@@ -366,6 +378,8 @@ class Config(Section):
     """How it is spread over ranks."""
     zero: ZeroSection = ZeroSection()
     """What data-parallel ranks share out instead of copying it."""
+    compression: CompressionSection = CompressionSection()
+    """In how many bits gradients and updates travel."""
     pipeline: PipelineSection = PipelineSection()
     """How layers are cut into stages, and in what order these work."""
     engine: Engine = EngineSection()

@@ -6,7 +6,7 @@ clipping, the learning rate, the update's formula and checkpoints are those of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -254,7 +254,19 @@ class DeepSpeedEngine:
                 replica = (dp.rank, dp.degree)
                 yield from shard.named_blocks(f"model.{name}", block, tensor.data, replica)
 
-    def take_up(self, load: Callable[[Iterable[NamedBlock]], None]) -> None:
+    def clipped(self, divisor: float) -> None:
+        """Nothing follows from it."""
+
+    def consolidate(self) -> None:
+        """Nothing is kept for later."""
+
+    def errors(self) -> Iterator[NamedBlock]:
+        return iter(())
+
+    def replicas(self) -> Iterator[NamedBlock]:
+        return iter(())
+
+    def take_up(self, load: Callable[[Iterable[NamedBlock]], None], saved: Set[str]) -> None:
         """Let `load` fill this rank's parts. No communication."""
         blocks = list(self.blocks())
         load(blocks)

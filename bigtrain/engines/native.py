@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from bigtrain.errors import CheckpointError
 from bigtrain.optim.optimizer import Optimizer
 from bigtrain.pipeline.run import Pipeline
 from bigtrain.zero.memory import Memory, predict
+
+ERRORS = "compression.error."  # what a run without compression need not take up
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,27 @@ class NativeState:
                     f"model.{name}", whole, tensor.data, (dp.rank, dp.degree)
                 )
 
-    def take_up(self, load: Callable[[Iterable[NamedBlock]], None]) -> None:
-        """Let `load` fill this rank's memory."""
+    def consolidate(self) -> None:
+        self.path.consolidate()
+
+    def errors(self) -> Iterator[NamedBlock]:
+        """Yield what compression has lost and not made good; call `consolidate` before."""
+        for segment, flat in self.path.errors():
+            yield from self.path.blocks(ERRORS, [flat], [segment])
+
+    def replicas(self) -> Iterator[NamedBlock]:
+        return self.path.replicas()
+
+    def take_up(self, load: Callable[[Iterable[NamedBlock]], None], saved: Set[str]) -> None:
+        """Let `load` fill this rank's memory; `saved` are the names that there are."""
         load(self.blocks())
+        segments = [segment for segment, _ in self.path.errors()]
+        flats = {s.bucket: torch.zeros_like(s.bucket.main_grads) for s in segments}
+        wanted: list[NamedBlock] = []
+        for segment in segments:
+            wanted += self.path.blocks(ERRORS, [segment.of(flats[segment.bucket])], [segment])
+        load([block for block in wanted if block.name in saved])
+        self.path.restore(flats)
 
 
 def predict_memory(

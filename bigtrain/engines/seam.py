@@ -6,7 +6,7 @@ A step is: `Runner.run`, `Gradients.finish`, `Gradients.grad_norm`, then `Update
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any, Protocol
 
 import torch
@@ -53,6 +53,9 @@ class Gradients(Protocol):
         """Bring updated (or loaded) parameters to every rank: those of one bucket, or all that are
         left, and the first rank's buffers."""
 
+    def clipped(self, divisor: float) -> None:
+        """Note by what this step's gradient is divided, so that it is not too long."""
+
     def settle(self) -> None:
         """Return when nothing is on the wire any more."""
 
@@ -87,5 +90,17 @@ class Holder(Protocol):
     def blocks(self) -> Iterator[NamedBlock]:
         """Yield the state of model and optimizer as blocks of this rank's own memory."""
 
-    def take_up(self, load: Callable[[Iterable[NamedBlock]], None]) -> None:
-        """Let `load` fill blocks, and make them the state. `Gradients.publish` must follow."""
+    def consolidate(self) -> None:
+        """Before a checkpoint, on all ranks: bring what ranks keep for themselves to owners."""
+
+    def errors(self) -> Iterator[NamedBlock]:
+        """Yield what compression keeps, where there is any; `consolidate` comes before."""
+
+    def replicas(self) -> Iterator[NamedBlock]:
+        """Yield what must be equal on ranks besides `blocks`."""
+
+    def take_up(self, load: Callable[[Iterable[NamedBlock]], None], saved: Set[str]) -> None:
+        """Let `load` fill blocks, and make them the state. `Gradients.publish` must follow.
+
+        saved: the names of all that the checkpoint has; what it lacks of `errors` begins with zero.
+        """

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from bigtrain.comm.buckets import Bucket
 from bigtrain.comm.gradient import GradientPath
+from bigtrain.comm.wire import Wire
 from bigtrain.config.schema import ZeroSection
 from bigtrain.pipeline.table import Action
 from bigtrain.zero.keeper import WINDOW
 from bigtrain.zero.order import CARRIED
-from bigtrain.zero.wire import make_wire
 
 FP32 = 4
 Size = Callable[[Bucket], float]
@@ -28,13 +28,15 @@ class Memory:
 
     parameters: of the model, whole or in blocks. main_parameters: fp32 copies, and results of
     offloaded updates. gradients: fp32. moments: of the optimizer. gradients_in_flight: buckets that
-    backward fills, and those on the wire with what is received. parameters_in_flight: sharded
-    buckets that are whole for a while. `offloaded`: main parameters and moments are elsewhere.
+    backward fills, and those on the wire with what is received. errors: fp32, what compression of
+    gradients has lost and will send. parameters_in_flight: sharded buckets that are whole for a
+    while, compressed updates. `offloaded`: main parameters and moments are elsewhere.
     """
 
     parameters: int
     main_parameters: int
     gradients: int
+    errors: int
     moments: int
     gradients_in_flight: int
     parameters_in_flight: int
@@ -47,7 +49,8 @@ class Memory:
     @property
     def steady(self) -> int:
         """Between two steps, wherever it is."""
-        return self.parameters + self.main_parameters + self.gradients + self.moments
+        held = self.parameters + self.main_parameters + self.gradients
+        return held + self.errors + self.moments
 
     @property
     def peak(self) -> int:
@@ -59,6 +62,7 @@ class Memory:
             "parameters": self.parameters,
             "main parameters": self.main_parameters,
             "gradients": self.gradients,
+            "errors of compression": self.errors,
             "optimizer": self.moments,
             "in flight": self.in_flight,
         }
@@ -84,15 +88,20 @@ def predict(
     trained, every = path.buckets, [*path.buckets, *path.frozen]
     away = any(b.main_params.device != b.params.device for b in trained)
     owned, itemsize = sum(map(_block, trained)), every[0].params.element_size()
-    copied = any(b.low_params is not None for b in trained)
+    wire = path.sync.wire
+    updates = sum(wire.bytes_of_update(b) for b in trained) if wire is not None else 0
+    copied = sum(_block(b) for b in trained if b.main_params is not b.shard)
     return Memory(
         parameters=itemsize * sum(_block(b) if _sharded(b) else b.numel for b in every),
-        main_parameters=(FP32 * copied + itemsize * away) * owned,
+        main_parameters=FP32 * copied + itemsize * away * owned,
         gradients=sum(FP32 * (_block(b) if b.sharing.sharded_grads else b.numel) for b in trained)
         + (FP32 * owned if away else 0),
+        errors=FP32 * sum(b.numel for b in trained if b.sharing.compressed),
         moments=moments,
-        gradients_in_flight=_gradients_in_flight(trained, zero, num_microbatches, row),
-        parameters_in_flight=itemsize * _whole_at_once(path, every, zero, row),
+        gradients_in_flight=_gradients_in_flight(
+            trained, zero, path.sync.wire, num_microbatches, row
+        ),
+        parameters_in_flight=itemsize * _whole_at_once(path, every, zero, row) + updates,
         offloaded=zero.offload == "file" or away,
     )
 
@@ -113,7 +122,11 @@ def _filling(bucket: Bucket) -> int:
 
 
 def _gradients_in_flight(
-    trained: Sequence[Bucket], zero: ZeroSection, num_microbatches: int, row: Sequence[Action]
+    trained: Sequence[Bucket],
+    zero: ZeroSection,
+    wire: Wire | None,
+    num_microbatches: int,
+    row: Sequence[Action],
 ) -> int:
     """Return the bytes of one bucket that is filled while those before it are on the wire.
 
@@ -121,7 +134,7 @@ def _gradients_in_flight(
     filled between them.
     """
     shared = [bucket for bucket in trained if bucket.sharing.inner.degree > 1]
-    on_wire = _wire_size(zero)
+    on_wire = _wire_size(zero, wire)
     # The first follow on the last of the microbatch before, or, of several stages, on any.
     again = [bucket for bucket in shared if bucket.sharing.sharded_grads]
     again = again * min(num_microbatches - 1, zero.in_flight + 1)
@@ -131,7 +144,7 @@ def _gradients_in_flight(
     most = 0.0
     for index, bucket in enumerate(leaving):
         before = [on_wire(each) for each in leaving[max(0, index - zero.in_flight) : index]]
-        cast = _filling(bucket) if zero.reduce_dtype != "fp32" else 0  # whole until it is cast
+        cast = _filling(bucket) if _is_cast(bucket, zero) else 0  # whole until it is cast
         rest = before[len(before) - zero.in_flight + 1 :] if zero.in_flight > 1 else []
         most = max(most, _filling(bucket) + sum(before), cast + on_wire(bucket) + sum(rest))
     across = [FP32 * _block(b) for b in shared if b.sharing.outer.degree > 1 and _filling(b)]
@@ -140,11 +153,16 @@ def _gradients_in_flight(
     return round(most) + max(0, halves)
 
 
-def _wire_size(zero: ZeroSection) -> Size:
+def _is_cast(bucket: Bucket, zero: ZeroSection) -> bool:
+    return zero.reduce_dtype != "fp32" or bucket.sharing.compressed
+
+
+def _wire_size(zero: ZeroSection, wire: Wire | None) -> Size:
     """Return the bytes held from leaving to arriving, beside a gradient that stays anyway."""
-    per_element, cast = make_wire(zero.reduce_dtype).bytes_per_element, zero.reduce_dtype != "fp32"
 
     def size(bucket: Bucket) -> float:
+        assert wire is not None  # there is one wherever a bucket is shared
+        per_element, cast = wire.bytes_per_element(bucket), _is_cast(bucket, zero)
         degree, on_cpu = bucket.sharing.inner.degree, bucket.params.device.type == "cpu"
         leaving = bucket.numel if cast or bucket.sharing.sharded_grads else 0
         rows = degree - 1 if on_cpu else degree if cast else 1

@@ -13,13 +13,12 @@ from bigtrain.comm.buckets import Bucket
 from bigtrain.comm.collectives import (
     Pending,
     all_reduce,
-    start_all_gather_into,
     start_all_reduce,
 )
 from bigtrain.comm.mesh import Axis
 from bigtrain.comm.sync import Passage
+from bigtrain.comm.wire import Wire
 from bigtrain.zero.keeper import Keeper
-from bigtrain.zero.wire import Wire
 
 
 class Sharded:
@@ -52,9 +51,7 @@ class Sharded:
         while len(self._leaving) >= self.in_flight and self.keeper.orders.alike:
             self._arrive()
         inner = bucket.sharing.inner
-        rows = bucket.open_grads().view(inner.degree, -1)
-        what = f"reduce_scatter of gradient bucket {bucket.index}"
-        self._leaving.append((bucket, self.wire.leave(rows, inner, what)))
+        self._leaving.append((bucket, self.wire.leave(bucket, inner)))
         if bucket.sharing.sharded_grads:
             bucket.grads = None  # what is on the wire holds its memory until it has left
 
@@ -64,12 +61,12 @@ class Sharded:
         rows, sharing, block = pending.wait(), bucket.sharing, bucket.main_grads
         first = not bucket.collected
         if sharing.outer.degree == 1 and block.device == rows[0].device:
-            self.wire.add_up(rows, block, first=first)
+            self.wire.add_up(bucket, rows, block, first=first)
             bucket.collected = True
             return
         if sharing.sharded_grads or block.device != rows[0].device:
             block = torch.empty_like(block, device=rows[0].device)
-        self.wire.add_up(rows, block, first=True)
+        self.wire.add_up(bucket, rows, block, first=True)
         what = f"all_reduce of gradient bucket {bucket.index}"
         self._across.append((bucket, start_all_reduce(block, sharing.outer, what)))
         # Another stage may come to its part of a tied bucket only after what this one sends next.
@@ -91,15 +88,13 @@ class Sharded:
             self._collect()
 
     def publish(self, bucket: Bucket) -> None:
-        bucket.round()
         sharing = bucket.sharing
+        if not sharing.sharded_params and sharing.inner.degree > 1:
+            self.keeper.expect(bucket, self.wire.publish(bucket, self.keeper.axis))
+            return
+        bucket.round()
         if sharing.sharded_params:
             self.keeper.forget()
-        elif sharing.inner.degree > 1:
-            rows = bucket.params.view(sharing.inner.degree, -1)
-            what = f"all_gather of bucket {bucket.index}"
-            pending = start_all_gather_into(rows, self.keeper.axis, what)
-            self.keeper.expect(bucket, pending)
 
     def settle(self) -> None:
         self.keeper.settle()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 
+import torch
 from torch import nn
 
+from bigtrain.comm.block import Shard
 from bigtrain.comm.buckets import Sharing
 from bigtrain.comm.mesh import Axis, Mesh
 from bigtrain.comm.sync import GradientSync, Replicated
+from bigtrain.comm.wire import Wire
 from bigtrain.config.schema import ZeroSection
 from bigtrain.zero.keeper import Keeper
 from bigtrain.zero.sharded import Sharded
@@ -19,39 +22,52 @@ class Sharings:
     """How parameters are shared, by the pipeline ranks that hold them, as the `zero` section says.
 
     Every rank makes this, with the same `holders`: it makes process groups.
+    wire: what carries gradients and parameters, if not what `zero` says. compresses(param, shard):
+    whether that wire is free to lose something of a parameter, for as long as it keeps that.
     """
 
-    def __init__(self, mesh: Mesh, zero: ZeroSection, holders: Set[tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        zero: ZeroSection,
+        holders: Set[tuple[int, ...]],
+        wire: Wire | None = None,
+        compresses: Callable[[torch.Tensor, Shard], bool] = lambda param, shard: False,
+    ) -> None:
         self.mesh, self.zero = mesh, zero
+        self.wire, self.compresses = wire or make_wire(zero.reduce_dtype), compresses
         tied = sorted(ranks for ranks in holders if len(ranks) > 1)
         self._axes = {ranks: mesh.across_stages(ranks) for ranks in tied}
         if zero.stage:
             self.inner = mesh.share(zero.shard_degree)
             self.outer = mesh.beside(self.inner)
             self._outers = {ranks: mesh.beside(self.inner, ranks) for ranks in tied}
-        self._known: dict[tuple[Axis, bool], Sharing] = {}
+        self._known: dict[tuple[Axis, bool, bool], Sharing] = {}
 
     def axis_of(self, holders: tuple[int, ...]) -> Axis:
         """Return the data-parallel ranks of those stages."""
         return self._axes.get(holders, self.mesh.dp)
 
-    def of(self, holders: tuple[int, ...], param: nn.Parameter) -> Sharing:
+    def of(self, holders: tuple[int, ...], param: nn.Parameter, shard: Shard) -> Sharing:
         """Return how one parameter is shared; the same object for all that are shared alike."""
         axis, zero = self.axis_of(holders), self.zero
         small = param.numel() < zero.persistent_numel
-        if (axis, small) not in self._known:
-            self._known[axis, small] = Sharing.none(axis)
+        compressed = param.requires_grad and self.compresses(param, shard)
+        key = axis, small, compressed
+        if key not in self._known:
+            self._known[key] = Sharing.none(axis)
             if zero.stage:
                 shared = self.inner.degree > 1
-                self._known[axis, small] = Sharing(
+                self._known[key] = Sharing(
                     axis,
                     self.inner,
                     self._outers.get(holders, self.outer),
                     # Stages would wait for each other in every microbatch.
                     sharded_grads=shared and zero.stage >= 2 and axis is self.mesh.dp,
                     sharded_params=shared and zero.stage == 3 and not small,
+                    compressed=shared and compressed,
                 )
-        return self._known[axis, small]
+        return self._known[key]
 
     def sync(self) -> GradientSync:
         """Return the strategy. Every rank calls this."""
@@ -65,5 +81,4 @@ class Sharings:
             prefetch=zero.prefetch,
             agreed=zero.order == "agreed",
         )
-        wire = make_wire(zero.reduce_dtype)
-        return Sharded(mesh.dp, self.inner, self.outer, wire, keeper, zero.in_flight)
+        return Sharded(mesh.dp, self.inner, self.outer, self.wire, keeper, zero.in_flight)

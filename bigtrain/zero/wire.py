@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
+from bigtrain.comm.buckets import Bucket
 from bigtrain.comm.collectives import Pending, add_up, start_all_to_all, start_reduce_scatter
 from bigtrain.comm.mesh import Axis
+from bigtrain.comm.wire import PlainWire, Wire
 from bigtrain.ops.message import num_blocks
 from bigtrain.ops.op import Kernels
 from bigtrain.ops.quantize import dequantize_mean, quantize_
@@ -16,47 +17,43 @@ from bigtrain.ops.quantize import dequantize_mean, quantize_
 BLOCK = 256  # elements of one scale, of gradients that travel as int8
 
 
-class Wire(Protocol):
-    """Carries the rows [degree, n] of a flat gradient to their owners, who add them up."""
-
-    bytes_per_element: float
-
-    def leave(self, rows: torch.Tensor, axis: Axis, what: str) -> Pending[list[torch.Tensor]]:
-        """Begin to send row r to rank r; the result is what the ranks have sent to this one."""
-
-    def add_up(self, arrived: Sequence[torch.Tensor], out: torch.Tensor, *, first: bool) -> None:
-        """Let `out` [n] be the sum of what has arrived, or, if not `first`, add it to `out`."""
-
-
-class CastWire:
+class CastWire(PlainWire):
     """Gradients as fp32, or rounded to a dtype of fewer bits: (n-1)/n of their bytes per rank."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.bytes_per_element = float(dtype.itemsize)
 
-    def leave(self, rows: torch.Tensor, axis: Axis, what: str) -> Pending[list[torch.Tensor]]:
+    def bytes_per_element(self, bucket: Bucket) -> float:
+        return float(self.dtype.itemsize)
+
+    def leave(self, bucket: Bucket, axis: Axis) -> Pending[list[torch.Tensor]]:
+        rows, what = _leaving(bucket, axis)
         if rows.dtype == self.dtype and rows.device.type != "cpu":
             return start_reduce_scatter(rows, axis, what).then(lambda row: [row])
         return start_all_to_all(rows.to(self.dtype), axis, what)
 
-    def add_up(self, arrived: Sequence[torch.Tensor], out: torch.Tensor, *, first: bool) -> None:
+    def add_up(
+        self, bucket: Bucket, arrived: Sequence[torch.Tensor], out: torch.Tensor, *, first: bool
+    ) -> None:
         add_up(arrived, out, first)
 
 
-class Int8Wire:
+class Int8Wire(PlainWire):
     """Gradients as 8-bit codes with one fp32 scale for each 256: a quarter of fp32's bytes.
 
     Nothing is kept of what rounding loses (no error feedback). Source of the idea: ZeRO++'s qgZ
     (https://arxiv.org/abs/2306.10209); here each gradient is rounded once.
     """
 
-    bytes_per_element = 1 + 4 / BLOCK
-
     def __init__(self, kernels: Kernels = "auto") -> None:
         self.kernels: Kernels = kernels
 
-    def leave(self, rows: torch.Tensor, axis: Axis, what: str) -> Pending[list[torch.Tensor]]:
+    def bytes_per_element(self, bucket: Bucket) -> float:
+        return 1 + 4 / BLOCK
+
+    def leave(self, bucket: Bucket, axis: Axis) -> Pending[list[torch.Tensor]]:
+        rows, what = _leaving(bucket, axis)
+        bucket.clear_gaps()
         n = rows.shape[1]
         messages = torch.empty(len(rows), self._size(n), dtype=torch.uint8, device=rows.device)
         for row, message in zip(rows, messages, strict=True):
@@ -64,7 +61,9 @@ class Int8Wire:
             quantize_(row, None, num_bits=8, block=BLOCK, out=out, kernels=self.kernels)
         return start_all_to_all(messages, axis, what)
 
-    def add_up(self, arrived: Sequence[torch.Tensor], out: torch.Tensor, *, first: bool) -> None:
+    def add_up(
+        self, bucket: Bucket, arrived: Sequence[torch.Tensor], out: torch.Tensor, *, first: bool
+    ) -> None:
         n = out.numel()
         pairs = [self._split(message, n) for message in arrived]
         codes, scales = torch.stack([p[1] for p in pairs]), torch.stack([p[0] for p in pairs])
@@ -81,6 +80,11 @@ class Int8Wire:
     def _split(message: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         scales, codes = message.split([4 * num_blocks(n, BLOCK), n])
         return scales.view(torch.float32), codes
+
+
+def _leaving(bucket: Bucket, axis: Axis) -> tuple[torch.Tensor, str]:
+    rows = bucket.open_grads().view(axis.degree, -1)
+    return rows, f"reduce_scatter of gradient bucket {bucket.index}"
 
 
 def make_wire(dtype: str, kernels: Kernels = "auto") -> Wire:

@@ -90,7 +90,7 @@ def follow(mesh: Mesh, config: Config, first_scale: float | None = None) -> dict
 
 def held(trainer: Trainer) -> list[torch.Tensor]:
     """Return what this rank holds: what the model computes with, and state."""
-    found = [block.tensor.clone() for block in trainer._blocks()]
+    found = [block.tensor.clone() for block in trainer.state.blocks()]
     with trainer.path.unsharded():
         return [*found, *(p.detach().clone() for p in trainer.model.parameters())]
 
@@ -262,7 +262,7 @@ def scale_after(
     return {
         "losses": [r.loss for r in records],
         "scales": [r.loss_scale for r in records],
-        "state": {block.name: block.tensor.clone() for block in trainer._blocks()},
+        "state": {block.name: block.tensor.clone() for block in trainer.state.blocks()},
     }
 
 

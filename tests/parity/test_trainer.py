@@ -53,7 +53,7 @@ def train(mesh: Mesh, config: Config, stop_after: int = 10**9, resume: bool = Fa
     while trainer.step < min(config.train.steps, stop_after):
         records.append(trainer.train_step())
     trainer.save()
-    state = {b.name: b.tensor.clone() for b in trainer._blocks()}
+    state = {b.name: b.tensor.clone() for b in trainer.state.blocks()}
     return {
         "losses": [r.loss for r in records],
         "norms": [r.grad_norm for r in records],
@@ -147,7 +147,7 @@ def test_resume_continues_the_curve_and_the_samples(
 def state_after_resume(mesh: Mesh, config: Config) -> dict[str, torch.Tensor]:
     trainer = Trainer(config, mesh, Path(config.run.dir))
     trainer.resume()
-    return {block.name: block.tensor.clone() for block in trainer._blocks()}
+    return {block.name: block.tensor.clone() for block in trainer.state.blocks()}
 
 
 def test_a_checkpoint_loads_bit_for_bit_under_any_layout(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def nan_run(mesh: Mesh, config: Config) -> tuple[str, list[bool]]:
             skipped.append(trainer.train_step().skipped)
     except NonFiniteError as error:
         return str(error), skipped
-    for block in trainer._blocks():
+    for block in trainer.state.blocks():
         assert block.tensor.isfinite().all()
     return "", skipped
 

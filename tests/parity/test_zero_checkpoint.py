@@ -96,7 +96,7 @@ def trained(mesh: Mesh, config: Config, steps: int, resume: bool) -> dict[str, A
 def state_of(trainer: Trainer) -> list[NamedBlock]:
     return [
         NamedBlock(b.name, b.shape, b.block, b.tensor.detach().clone(), b.replica, b.num_replicas)
-        for b in trainer._blocks()
+        for b in trainer.state.blocks()
     ]
 
 

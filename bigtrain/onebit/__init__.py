@@ -1,0 +1,1 @@
+"""Compressed gradients and updates, whose errors are sent the next time."""
