@@ -41,7 +41,7 @@ def check_joined(config: Config, mesh: Mesh, world: World) -> None:
     if problem is not None:
         raise problem
     found = differences(one["facts"] for one in everyone if one["facts"] is not None)
-    serious = [one for one in found if one.kind in ("versions", "facts")]
+    serious = [one for one in found if one.forbids]
     if serious:
         raise PlanError("\n".join(one.render() for one in serious))
     if mesh.rank == 0:

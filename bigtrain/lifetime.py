@@ -51,12 +51,18 @@ class StopRequest:
             raise Interrupted(number)
 
 
+def end_with_parent() -> None:
+    """Have the system end this process when the one that started it ends, however (Linux)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def die_with_launcher() -> None:
     """End this process when the process that launched it is gone, however that ended (Linux)."""
     launcher = os.environ.get("BIGTRAIN_LAUNCHER_PID")
     if launcher is None or not sys.platform.startswith("linux"):
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     if os.getppid() != int(launcher):  # it ended before the line above
         sys.stderr.write("bigtrain: the launcher (BIGTRAIN_LAUNCHER_PID) is gone, so this ends\n")
         os._exit(1)

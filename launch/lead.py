@@ -11,8 +11,8 @@ from pathlib import Path
 from bigtrain.config.launching import SlurmSection
 from bigtrain.config.load import dump
 from bigtrain.config.schema import Config
-from bigtrain.doctor.facts import facts_of
-from bigtrain.doctor.findings import differences
+from bigtrain.doctor.facts import room_of
+from bigtrain.doctor.findings import room
 from bigtrain.run_folder import RunFolder
 
 from .job import Job, Meeting
@@ -129,9 +129,8 @@ def _warn(plan: Plan, folder: RunFolder) -> None:
             "  mend: set launch.slurm.cpus_per_node (sbatch --cpus-per-task)"
         )
     if plan.start == "here":
-        for one in differences([facts_of(folder.path)]):
-            if one.kind in ("disk", "shm"):  # torch may be in the container alone
-                stderr_line(f"warning: {one.render()}")
+        for one in room([room_of(folder.path)]):
+            stderr_line(f"warning: {one.render()}")
 
 
 def _newest_checkpoint(folder: RunFolder) -> int:

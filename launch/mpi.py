@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -12,12 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from bigtrain.config.schema import Config
 from bigtrain.errors import LaunchError
+from bigtrain.lifetime import end_with_parent
 
 from .outcome import Ended, Rank, stop_code
 from .plan import Plan
 from .watch import Asked, watch
-
-_PR_SET_PDEATHSIG = 1
 
 
 def mpi_command(config: Config, plan: Plan, words: Sequence[str]) -> list[str]:
@@ -58,7 +56,7 @@ class MpiTeam:
                 env={**os.environ, **self._env},
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # the terminal's Ctrl-C comes to us, we pass it on
-                preexec_fn=_die_with_parent,
+                preexec_fn=end_with_parent,
             )
         except OSError as error:
             raise LaunchError(
@@ -126,9 +124,3 @@ def run_by_mpi(
         why="a rank has failed; its error is above",
         mend="mend that; --resume goes on from the last checkpoint",
     )
-
-
-def _die_with_parent() -> None:
-    """Have this process end when the launcher does, however that ends (Linux)."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -92,7 +92,7 @@ class RemoteTeam:
         """
         agents = [self._agents[node] for node in sorted(self._agents)]
         found = differences({**a.facts, "name": self.plan.nodes[a.node]} for a in agents)
-        serious = [one for one in found if one.kind in ("versions", "facts")]
+        serious = [one for one in found if one.forbids]
         for one in found:
             if one not in serious:
                 self.say(f"warning: {one.render()}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -66,8 +67,10 @@ class TimeLimit:
     def is_near(self) -> bool:
         """Look, a few times a minute; before it is true, Slurm is asked whether the end moved."""
         now = self._clock()
-        lead = self._saving.lead() if now >= self._next_look else None
-        self._next_look = now + _LOOK_SECONDS if now >= self._next_look else self._next_look
+        if now < self._next_look:
+            return False
+        self._next_look = now + _LOOK_SECONDS
+        lead = self._saving.lead()
         if lead is None or (self._end is not None and now < self._latest(lead)):
             return False
         self._end = self._find_end() or self._end
@@ -79,8 +82,12 @@ class TimeLimit:
         return self._end - min(lead + _LOOK_SECONDS, (self._end - self._began) / 2)
 
     def _find_end(self) -> float | None:
-        """Return when Slurm will end the job, None where that is open or not to be learnt."""
-        with contextlib.suppress(LaunchError, ValueError, OverflowError):
+        """Return when Slurm will end the job (never: infinity), None where it does not answer."""
+        try:
             end = job_facts(self._job, self._ask).get("EndTime", "")
+        except LaunchError:
+            return None
+        try:
             return time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S"))
-        return None
+        except (ValueError, OverflowError):  # Unknown: there is no limit
+            return math.inf

@@ -29,15 +29,22 @@ def facts_of(folder: Path) -> dict[str, Any]:
     Bytes are bytes; what cannot be found out is None. `time` is this node's clock, read last.
     """
     return {
-        "host": socket.gethostname(),
+        **room_of(folder),
         "versions": versions(),
         "cores": num_cores(),
         "gpus": num_gpus(os.environ),
         "memory_bytes": _memory(),
+        "time": time.time(),
+    }
+
+
+def room_of(folder: Path) -> dict[str, Any]:
+    """Return of the facts those about room, which take no time to find out."""
+    return {
+        "host": socket.gethostname(),
         "folder": str(folder),
         "disk_free_bytes": _free(_existing(folder)),
         "shm_free_bytes": _free(_SHM),
-        "time": time.time(),
     }
 
 

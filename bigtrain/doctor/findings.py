@@ -39,6 +39,11 @@ class Finding:
     mend: str
     nodes: tuple[str, ...] = ()
 
+    @property
+    def forbids(self) -> bool:
+        """Whether a run is refused for it: its ranks would not do the same."""
+        return self.kind in ("versions", "facts")
+
     def render(self, indent: str = "") -> str:
         """Return it as lines of text, like an error."""
         return Problem(self.what, self.why, self.mend).render(indent)
@@ -101,7 +106,7 @@ def differences(facts: Iterable[Any]) -> list[Finding]:
         [one["time"] - one["received"] for one in timed],
         [CLOCK_SECONDS_UNMEASURED] * len(timed),
     )
-    return [*found, *_room(sound)]
+    return [*found, *room(sound)]
 
 
 def _name(facts: Mapping[str, Any]) -> str:
@@ -194,7 +199,8 @@ def _apart(seconds: float) -> str:
     return f"{abs(seconds):.1f} s {'ahead of' if seconds > 0 else 'behind'}"
 
 
-def _room(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
+def room(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Return where a disk or /dev/shm is nearly full, by facts of nodes or their `room_of`."""
     disk = [one for one in facts if _below(one["disk_free_bytes"], LEAST_DISK_BYTES)]
     shm = [one for one in facts if _below(one["shm_free_bytes"], LEAST_SHM_BYTES)]
     found = []

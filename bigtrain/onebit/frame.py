@@ -35,11 +35,15 @@ class Frame:
     block: int
 
     @property
+    def _parts(self) -> list[int]:
+        """Bytes of the header, the scales and the codes."""
+        scales = SCALES.itemsize * num_blocks(self.n, self.block)
+        return [_ROOM, scales, num_bytes(self.n, self.num_bits)]
+
+    @property
     def size(self) -> int:
         """Bytes."""
-        scales = SCALES.itemsize * num_blocks(self.n, self.block)
-        size = _ROOM + scales + num_bytes(self.n, self.num_bits)
-        return -(-size // _ROOM) * _ROOM
+        return -(-sum(self._parts) // _ROOM) * _ROOM
 
     def header(self) -> bytes:
         """Return the first bytes of the message."""
@@ -49,25 +53,14 @@ class Frame:
 
     def open(self, message: torch.Tensor) -> Pair:
         """Return the scales and the codes of a message [size], views of it."""
-        _, scales, codes = message[: self._end].split(
-            [
-                _ROOM,
-                SCALES.itemsize * num_blocks(self.n, self.block),
-                num_bytes(self.n, self.num_bits),
-            ]
-        )
+        _, scales, codes = message[: sum(self._parts)].split(self._parts)
         return scales.view(SCALES), codes
-
-    @property
-    def _end(self) -> int:
-        scales = SCALES.itemsize * num_blocks(self.n, self.block)
-        return _ROOM + scales + num_bytes(self.n, self.num_bits)
 
     def begin(self, messages: torch.Tensor) -> None:
         """Write the header into each row of `messages` [any, size]."""
         header = torch.frombuffer(bytearray(self.header()), dtype=torch.uint8)
         messages[:, :_ROOM] = header.to(messages.device)
-        messages[:, self._end :] = 0
+        messages[:, sum(self._parts) :] = 0
 
     def check(self, message: torch.Tensor, rank: int) -> None:
         """See that what has come from `rank` is what is due.

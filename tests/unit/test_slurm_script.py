@@ -508,6 +508,12 @@ def test_no_time_limit(end: str, tmp_path: Path) -> None:
     clock.slurm.answers["scontrol"] = f"EndTime={end} JobState=RUNNING"
     clock.folder.metrics.write_text('{"step": 4, "save_seconds": 1e9}\n')
     assert not clock.limit().is_near()
+    limit = clock.limit()
+    asked = len(clock.slurm.asked)
+    for _ in range(4):
+        clock.now += 60
+        assert not limit.is_near()
+    assert len(clock.slurm.asked) == asked + 1, "Slurm has answered, and is left in peace"
 
 
 # -- the queue ---------------------------------------------------------------------------------
