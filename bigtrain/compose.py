@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_args
 
 import torch
 from torch import nn
@@ -16,9 +17,10 @@ from bigtrain.comm.collectives import all_gather_object, together
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Axis, Mesh
 from bigtrain.comm.p2p import Links
-from bigtrain.config.schema import CompressionSection, ZeroSection
+from bigtrain.comm.transport import over_mpi
+from bigtrain.config.schema import CompressionKind, CompressionSection, ZeroSection
 from bigtrain.errors import BigtrainError
-from bigtrain.onebit.feedback import FeedbackWire
+from bigtrain.onebit.kinds import packing_wire
 from bigtrain.ops.dropout import number_dropout
 from bigtrain.optim import WHOLE_KINDS, KindOf, decay_kind, known_kind
 from bigtrain.pipeline.run import Pipeline
@@ -40,6 +42,8 @@ from bigtrain.tensor.plan import match_plan
 from bigtrain.zero.share import Sharings
 from bigtrain.zero.state import state_memory
 from bigtrain.zero.wire import make_wire
+
+log = logging.getLogger(__name__)
 
 FROZEN = "frozen"
 
@@ -226,11 +230,13 @@ def _path(
 def _compression_section(kind: str | CompressionSection) -> CompressionSection:
     if isinstance(kind, CompressionSection):
         return kind
-    if kind not in ("none", "safe"):
+    kinds = get_args(CompressionKind)
+    if kind not in kinds:
         raise BigtrainError(
             f"compression={kind!r} is no kind",
-            why="safe sends gradients in 4 bits and updates in 8; none sends all as it is",
-            mend="use none, safe, or a CompressionSection",
+            why="safe sends gradients in 4 bits and updates in 8, none all as it is; docs/"
+            "compression.md has a table of the others",
+            mend=f"use {', '.join(kinds)}, or a CompressionSection",
         )
     return CompressionSection(kind=kind)  # type: ignore[arg-type]
 
@@ -244,8 +250,10 @@ def _sharings(
 ) -> Sharings:
     """Return how parameters are shared out, and by what they travel."""
     plain = make_wire(zero.reduce_dtype)
-    if compression.kind == "none" or mesh.dp.degree == 1:
-        return Sharings(mesh, zero, holders, plain)
+    if compression.kind != "none":
+        _check_nodes(mesh, compression)
+    if compression.kind == "none" or mesh.dp.degree in (1, compression.node_degree):
+        return Sharings(mesh, zero, holders, plain)  # there is no way across
 
     _refuse_with_compression(compression.kind, zero, dtype)
 
@@ -254,10 +262,49 @@ def _sharings(
         large = len(shard.shape) > 1 and math.prod(shard.shape) >= compression.least_numel
         return large and shard.num_replicas == 1
 
-    wire = FeedbackWire(plain, block=compression.block, resync_every=compression.resync_every)
+    senders = mesh.dp.degree // compression.node_degree
+    wire = packing_wire(plain, make_wire("bf16"), compression, senders)
     # Somebody must own what all others get by deltas.
     owned = zero if zero.stage else zero.model_copy(update={"stage": 1})
-    return Sharings(mesh, owned, holders, wire, compresses)
+    carried = over_mpi if compression.transport == "mpi" else _as_it_is
+    sharings = Sharings(mesh, owned, holders, wire, compresses, compression.node_degree, carried)
+    _warn_of_nodes(mesh, sharings.nodes.node)
+    return sharings
+
+
+def _as_it_is(axis: Axis) -> Axis:
+    return axis
+
+
+def _check_nodes(mesh: Mesh, compression: CompressionSection) -> None:
+    degree, dp = compression.node_degree, mesh.dp.degree
+    if dp % degree:
+        raise BigtrainError(
+            f"compression.node_degree={degree} does not divide dp={dp}",
+            why="nodes have the same number of data-parallel ranks",
+            mend="use the number of them on one machine, or 1",
+        )
+    if degree > 1 and compression.kind == "powersgd":
+        raise BigtrainError(
+            f"compression.kind=powersgd with compression.node_degree={degree}",
+            why="it needs whole matrices, and ranks of a node send a part each",
+            mend="use compression.node_degree=1, or another kind",
+        )
+
+
+def _warn_of_nodes(mesh: Mesh, node: Axis) -> None:
+    """Say once if what goes exactly inside a node goes from machine to machine."""
+    if node.degree == 1:
+        return
+    good = all_gather_object(mesh.on_one_machine(node), mesh.world, "what is on one machine")
+    if mesh.rank == 0 and not all(good):
+        log.warning(
+            "compression.node_degree = %d: the data-parallel ranks of a node are on several "
+            "machines, so that uncompressed gradients go between these (e.g. those of rank %d); "
+            "set it to the number of data-parallel ranks on one machine",
+            node.degree,
+            good.index(False),
+        )
 
 
 def _refuse_with_compression(kind: str, zero: ZeroSection, dtype: torch.dtype) -> None:

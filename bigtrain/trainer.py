@@ -302,7 +302,6 @@ class Trainer:
         """Return what to divide gradients by: item count, loss scale, clipping; None for 1."""
         most = self.config.train.max_grad_norm
         clip = max(1.0, (norm + 1e-6) / most) if most else 1.0
-        self.path.clipped(clip)
         divisor = correction * clip
         if divisor == 1.0:
             return None
@@ -424,6 +423,7 @@ class Trainer:
             loss_scale=LossScaleEntry(scale=scale.scale, good_steps=scale.good_steps)
             if scale.dynamic
             else None,
+            compression=self.state.progress,
         )
         self.state.consolidate()
         blocks = [*self.state.blocks(), *self.state.errors()]
@@ -526,6 +526,7 @@ class Trainer:
         if state.loss_scale is not None and self.loss_scale.dynamic:
             saved = state.loss_scale
             self.loss_scale.scale, self.loss_scale.good_steps = saved.scale, saved.good_steps
+        self.state.progress = state.compression
         self._stream = None
 
 

@@ -9,7 +9,7 @@ from bigtrain.models import GPT
 mesh = bigtrain.init()  # the ranks that torchrun started, or this process alone
 model = GPT(hidden_size=64, num_layers=2)
 path = bigtrain.parallelize(model, mesh)  # flat buckets, equal replicas, averaged gradients
-optimizer = bigtrain.AdamW(path.segments(), lr=1e-3)
+optimizer = bigtrain.AdamW(path, lr=1e-3)
 text = torch.tensor(list(torch.__doc__.encode()), device=mesh.device)  # any bytes will do
 for step in range(60):
     starts = torch.arange(8) * 64 + (step * mesh.dp.degree + mesh.dp.rank) * 8

@@ -66,7 +66,7 @@ pipeline = bigtrain.build_pipeline(
 )
 for stage in pipeline.stages:
     print(f"rank {mesh.rank} has stage {stage.index}: {stage.units[0]} to {stage.units[-1]}")
-optimizer = bigtrain.AdamW(pipeline.path.segments(), lr=3e-3)
+optimizer = bigtrain.AdamW(pipeline.path, lr=3e-3)
 for step in range(30):
     starts = (torch.arange(16, device=mesh.device) + 16 * step) * 61 % (len(text) - LENGTH - 1)
     windows = text[starts[:, None] + torch.arange(LENGTH + 1, device=mesh.device)]

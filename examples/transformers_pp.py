@@ -43,7 +43,7 @@ example = text[:128].view(2, 64)
 pipeline = bigtrain.build_pipeline(model, mesh, loss_of=loss_of, example=example)
 for stage in pipeline.stages:
     print(f"rank {mesh.rank} has stage {stage.index}: {stage.units[0]} to {stage.units[-1]}")
-optimizer = bigtrain.AdamW(pipeline.path.segments(), lr=1e-3)
+optimizer = bigtrain.AdamW(pipeline.path, lr=1e-3)
 for step in range(30):
     starts = (torch.arange(8, device=mesh.device) + 8 * step) * 61 % (len(text) - 64)
     windows = text[starts[:, None] + torch.arange(64, device=mesh.device)]

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from bigtrain.errors import CheckpointError
 
@@ -58,7 +58,7 @@ class State(_Entry):
 
     cursor: samples consumed. seed and cursor are all there is to the random state, since every
     random number of a run is a function of the seed and of stream positions. loss_scale: that of
-    fp16, if it is dynamic.
+    fp16, if it is dynamic. compression: where a run is that begins to compress, or has begun.
     """
 
     step: int
@@ -69,6 +69,15 @@ class State(_Entry):
     layout: dict[str, int]
     config: dict[str, Any]
     loss_scale: LossScaleEntry | None = None
+    compression: dict[str, Any] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what a bigtrain that knows nothing of it would refuse."""
+        fields: dict[str, Any] = serialize(self)
+        if self.compression is None:
+            del fields["compression"]
+        return fields
 
 
 class Manifest(_Entry):

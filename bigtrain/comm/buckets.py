@@ -16,7 +16,7 @@ from torch import nn
 
 from bigtrain.comm.block import Shard
 from bigtrain.comm.collectives import broadcast
-from bigtrain.comm.mesh import Axis
+from bigtrain.comm.mesh import Axis, Nodes
 from bigtrain.errors import BigtrainError
 
 ALIGNMENT = 16  # elements: 64 bytes of fp32, a cache line and a vector register
@@ -59,23 +59,41 @@ class Slot:
 class Sharing:
     """How the ranks of `axis`, which hold the same parameters, share them.
 
-    Each rank of `inner` owns a block; the ranks of `outer` own the same one. Gradients and
-    parameters that are `sharded` are there as blocks only, but for the moments of their use.
-    Of what is `compressed`, main parameters and what ranks compute with differ by a little that is
-    still to be sent.
+    Each rank of `inner`, which is on `nodes`, owns a block; the ranks of `outer` own the same one.
+    Gradients and parameters that are `sharded` are there as blocks only, but for the moments of
+    their use. Of what is `compressed`, main parameters and what ranks compute with differ by a
+    little that is still to be sent. With `own_grads` a rank's gradients outlast their sum, until
+    the update.
     """
 
     axis: Axis
     inner: Axis
     outer: Axis
+    nodes: Nodes
     sharded_grads: bool = False
     sharded_params: bool = False
     compressed: bool = False
+    own_grads: bool = False
 
     @classmethod
     def none(cls, axis: Axis) -> Sharing:
         """Return that every rank of `axis` has everything."""
-        return cls(axis, Axis.of(None, axis.name), axis)
+        alone = Axis.of(None, axis.name)
+        return cls(axis, alone, axis, Nodes.apart(alone))
+
+
+@dataclass
+class Momentum:
+    """Says of a bucket that `main_grads` is the mean of gradients that an optimizer keeps.
+
+    fades: where what came is no good, the mean of the step before is multiplied by that instead.
+    gradient: of this step alone [n], undivided, where the second moment is to take it up; what that
+    moment keeps of itself is `decay` then. Without, it stays as it is.
+    """
+
+    fades: float | None = None
+    gradient: torch.Tensor | None = None
+    decay: float = 1.0
 
 
 @dataclass(eq=False)
@@ -105,6 +123,7 @@ class Bucket:
     new_state: NewState
     rounded: bool = False  # `low_params`, by who updated `main_params`
     collected: bool = False  # `main_grads` has gradients of this step
+    momentum: Momentum | None = None  # where it has their mean over steps
     gaps: list[tuple[int, int]] = field(default_factory=list)  # padding: [start, stop)
 
     @property
@@ -160,6 +179,13 @@ class Bucket:
         if self.grads is not None:
             for start, stop in self.gaps:
                 self.grads[start:stop].zero_()
+
+    def clear_owned_gaps(self, block: torch.Tensor) -> None:
+        """Make padding zero in a flat tensor of the owned block."""
+        begin, end = self.owned
+        for start, stop in self.gaps:
+            if max(start, begin) < min(stop, end):
+                block[max(start, begin) - begin : min(stop, end) - begin].zero_()
 
     def segments(self) -> Iterator[Segment]:
         """Yield the stretches of one sort that this rank owns."""
@@ -365,7 +391,8 @@ def _fill(
     if main is not shard and not by_deltas:
         low = shard if main.device == shard.device else torch.empty_like(shard, device=main.device)
     grads = zeros(numel) if trained and not sharing.sharded_grads else None
-    main_grads = grads[block] if grads is not None else zeros(size if trained else 0)
+    in_place = grads is not None and not sharing.own_grads
+    main_grads = grads[block] if in_place else zeros(size if trained else 0)  # type: ignore[index]
     if trained and main.device != device:
         main_grads = torch.zeros_like(main)
     ends, starts = [0, *(slot.stop for slot in slots)], [*(slot.start for slot in slots), numel]

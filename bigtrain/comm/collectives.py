@@ -55,9 +55,41 @@ class Pending(Generic[R]):
             self._works = ()
         return self._result()
 
+    def advance(self) -> None:
+        """Begin what is to follow, if there is such, once that which goes before is done.
+
+        Whoever began it calls this, in one order on all ranks; who needs the result may come in
+        another.
+        """
+
     def then(self, change: Callable[[R], S]) -> Pending[S]:
         """Return the same collective with a result that is `change` of this one's."""
         return Pending(self._works, self._what, self._axis, lambda: change(self._result()))
+
+
+class Chain(Pending[R]):
+    """A collective, and another that `begin` starts with its result."""
+
+    def __init__(self, first: Pending[S], begin: Callable[[S], Pending[R]]) -> None:
+        self._first: Pending[Any] | None = first
+        self._begin: Callable[[Any], Pending[R]] = begin
+        self._second: Pending[R] | None = None
+
+    def advance(self) -> None:
+        if self._first is not None:
+            arrived = self._first.wait()
+            self._first = None  # what it held is free before the second takes its own
+            self._second = self._begin(arrived)
+
+    def wait(self) -> R:
+        self.advance()
+        assert self._second is not None
+        return self._second.wait()
+
+    def then(self, change: Callable[[R], S]) -> Pending[S]:
+        assert self._first is not None, "it has advanced already"
+        begin = self._begin
+        return Chain(self._first, lambda arrived: begin(arrived).then(change))
 
 
 def all_reduce(tensor: torch.Tensor, axis: Axis, what: str = "all_reduce") -> None:
@@ -105,6 +137,10 @@ def start_all_gather_into(
     assert rows.is_contiguous()
     assert len(rows) == axis.degree
     works: Sequence[dist.Work] = ()
+    if axis.transport is not None:
+        return _carried([rows[axis.rank]] * axis.degree, list(rows), axis, what).then(
+            lambda _: rows
+        )
     if axis.group is not None and rows.numel():
         with explained(what, axis):
             if rows.device.type == "cpu":
@@ -123,11 +159,13 @@ def start_all_to_all(
 
     This rank's own is the one that it has, not a copy. Wire: (n-1)/n of the bytes per rank.
     """
-    assert rows.is_contiguous()
+    assert all(row.is_contiguous() for row in rows)
     assert len(rows) == axis.degree
     if axis.group is None or not rows.numel():
         return Pending((), what, axis, lambda: list(rows))
     received = [rows[r] if r == axis.rank else torch.empty_like(rows[r]) for r in range(len(rows))]
+    if axis.transport is not None:
+        return _carried(list(rows), received, axis, what).then(lambda _: received)
     with explained(what, axis):
         if rows.device.type == "cpu":
             works = _messages(list(rows), received, axis)
@@ -154,7 +192,7 @@ def start_reduce_scatter(
         return start_all_to_all(tensor, axis, what).then(
             lambda rows: add_up(rows, torch.empty_like(rows[0]))
         )
-    assert tensor.is_contiguous()
+    tensor = tensor.contiguous()
     own = torch.empty_like(tensor[0])
     with explained(what, axis):
         scatter = _newest("reduce_scatter_single", "reduce_scatter_tensor")
@@ -187,6 +225,17 @@ def add_up(rows: Sequence[torch.Tensor], out: torch.Tensor, first: bool = True) 
         for row in rows[1:]:
             out.add_(row)
     return out
+
+
+def _carried(
+    leaving: Sequence[torch.Tensor], arriving: Sequence[torch.Tensor], axis: Axis, what: str
+) -> Pending[Any]:
+    """Begin the same as bytes, over the transport of the axis."""
+    assert axis.transport is not None
+    outgoing, incoming = (
+        [row.view(-1).view(torch.uint8) for row in r] for r in (leaving, arriving)
+    )
+    return axis.transport.exchange(outgoing, incoming, what)
 
 
 def _messages(

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from bigtrain.comm.collectives import all_reduce, broadcast
 from bigtrain.comm.mesh import Axis
 from bigtrain.comm.model_buffers import ModelBuffers
 from bigtrain.comm.sync import GradientSync, Passage
+from bigtrain.comm.wire import Averages
 from bigtrain.errors import BigtrainError
 from bigtrain.ops.grad_norm import grad_norm
 from bigtrain.ops.later import Gradient, Product
@@ -102,7 +104,8 @@ class GradientPath:
         self._open: set[nn.Parameter] = set()  # whose gradients are not final in this step
         self._by_step = self._by_passage = _Departures(())
         self._unpublished = list(self.buckets)
-        self._clip: float | None = None  # what the last gradient was divided by
+        self._progress: dict[str, Any] | None = None
+        self._to_review = False  # a step is over whose end nobody has looked at
         self._buffers = ModelBuffers(model, sync.axis)
         self._places = {
             slot.param: (bucket, slot) for bucket in self.buckets for slot in bucket.slots
@@ -222,6 +225,7 @@ class GradientPath:
             )
         self.sync.finish()
         self._state = _State.REDUCED
+        self._to_review = True
         self._unpublished = list(reversed(self.buckets))  # in the order of the next forward
         for bucket in self.buckets:
             self._take_up_changes(bucket)
@@ -241,8 +245,15 @@ class GradientPath:
         while self._unpublished and (bucket is None or bucket in self._unpublished):
             self.sync.publish(self._unpublished.pop(0))
         if bucket is None:
+            self.sync.published()
             self._unpublished = list(reversed(self.buckets))
             self._buffers.equalize()
+            self._review()
+
+    def _review(self) -> None:
+        wire, stepped, self._to_review = self.sync.wire, self._to_review, False
+        if wire is not None:
+            wire.review(self.buckets, self._sum_over_all, self.device, stepped=stepped)
 
     def settle(self) -> None:
         """Return when nothing is on the wire any more, once the last step is published."""
@@ -254,9 +265,10 @@ class GradientPath:
         For a step that must not count (a NaN), or whose backward raised; on all ranks alike.
         """
         self.sync.finish()
-        self._state = _State.IDLE
-        self.restore({})  # of what wires have kept, a part is of this step
+        self._state, self._to_review = _State.IDLE, False
         for bucket in self.buckets:
+            if self.sync.wire is not None:
+                self.sync.wire.abandon(bucket)
             bucket.grads = None if bucket.sharing.sharded_grads else bucket.grads
         self._buffers.restore()
 
@@ -269,24 +281,26 @@ class GradientPath:
         wire = self.sync.wire
         if wire is not None and wire.keeps:
             self.settle()  # of the last step; what is published next would take its place
-            self._clip = None
             for bucket in self.buckets:
                 self._take_up_changes(bucket)
                 wire.consolidate(bucket)
             self.publish()
             self.settle()
 
-    def clipped(self, divisor: float) -> None:
-        """Note by what the gradient of this step is divided so that it is not too long.
+    def updated_by(self, averages: Averages) -> None:
+        """Take note of the optimizer that will update what this path brings."""
+        if self.sync.wire is not None:
+            self.sync.wire.updated_by(averages)
 
-        What a wire has kept of it is then as much too long, beside the steps around: where a step
-        is divided by more than the one before, it is shrunk by as much.
+    def divided(self, divisor: torch.Tensor | None) -> None:
+        """Note by what the optimizer divides the gradient of this step, before it does.
+
+        What a wire has kept of a gradient that is too long is as much too long. Looks at the
+        number, which waits for a GPU, only where a wire keeps something.
         """
-        wire, before = self.sync.wire, self._clip
-        self._clip = divisor
-        if wire is not None and wire.keeps and divisor > (before or divisor):
-            for bucket in self.buckets:
-                wire.shrink(bucket, (before or divisor) / divisor)
+        wire = self.sync.wire
+        if wire is not None and wire.keeps:
+            wire.divided(self.buckets, 1.0 if divisor is None else float(divisor))
 
     def errors(self) -> Iterator[tuple[Segment, torch.Tensor]]:
         """Yield what all ranks together keep of each segment for later, where a wire does."""
@@ -301,6 +315,21 @@ class GradientPath:
         for bucket in self.buckets:
             if self.sync.wire is not None:
                 self.sync.wire.restore(bucket, errors.get(bucket))
+
+    @property
+    def progress(self) -> dict[str, Any] | None:
+        """What the wire must know to go on in the same way, beside `errors`.
+
+        A path that compresses nothing passes on what it was given.
+        """
+        wire = self.sync.wire
+        return wire.progress if wire is not None and wire.keeps else self._progress
+
+    @progress.setter
+    def progress(self, saved: dict[str, Any] | None) -> None:
+        self._progress = saved
+        if self.sync.wire is not None:
+            self.sync.wire.progress = saved
 
     def replicas(self) -> Iterator[NamedBlock]:
         """Yield what ranks compute with, where it is not the main parameters, as named blocks."""
@@ -325,14 +354,24 @@ class GradientPath:
         the model.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        segments = self.segments()
+        segments: list[Segment] = []
+        for bucket in self.buckets:
+            squares = self.sync.wire.squares(bucket) if self.sync.wire is not None else None
+            if squares is not None:
+                total += squares
+            else:
+                segments += bucket.segments()
         for replicas in dict.fromkeys(segment.num_replicas for segment in segments):
             alike = [s.main_grads for s in segments if s.num_replicas == replicas]
             total += grad_norm(alike, kernels=kernels).squares / replicas
-        total = self.sync.sum_over_owners(total)
+        return self._sum_over_all(total).sqrt().float()
+
+    def _sum_over_all(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the sum of what each owner of each part of the model has."""
+        total = self.sync.sum_over_owners(value)
         for axis in self.model_axes:
-            all_reduce(total, axis, "all_reduce of the gradient norm")
-        return total.sqrt().float()
+            all_reduce(total, axis, "all_reduce over the parts of the model")
+        return total
 
     def sum_over_parts(self, values: torch.Tensor) -> torch.Tensor:
         """Return `values` [len(slots), k], each row summed over the ranks with parts of that slot.
@@ -389,7 +428,7 @@ class GradientPath:
         self._open = set(self._places)
         self._by_step = _Departures([b for b in self.buckets if not b.sharing.sharded_grads])
         for bucket in self.buckets:
-            bucket.collected = False
+            bucket.collected, bucket.momentum = False, None
             for slot in bucket.slots:
                 slot.touched = False
                 slot.param.grad = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,13 +14,17 @@ from bigtrain.comm.world import World
 from bigtrain.config.layout import AXES, Layout
 from bigtrain.errors import BigtrainError, LaunchError
 
+if TYPE_CHECKING:
+    from bigtrain.comm.transport import Transport
+
 
 @dataclass(frozen=True)
 class Axis:
     """One direction of the mesh through this rank.
 
     `rank` is this rank's coordinate on the axis, `ranks` the global ranks along it. `group` is
-    None where there is nobody else to talk to.
+    None where there is nobody else to talk to. `transport` carries messages between each two
+    ranks, if that is not the group.
     """
 
     name: str
@@ -28,6 +32,7 @@ class Axis:
     rank: int
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None
+    transport: Transport | None = None
 
     @classmethod
     def of(cls, group: Group, name: str = "tp") -> Axis:
@@ -62,6 +67,24 @@ class Axis:
         return self  # a copied module talks to the same ranks
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """The ranks of an axis, `whole`, on nodes of as many neighbours each.
+
+    `node` are those on this rank's own, `across` those with the same place on theirs. Where each
+    rank is a node of its own, `across` is all there is.
+    """
+
+    whole: Axis
+    node: Axis
+    across: Axis
+
+    @classmethod
+    def apart(cls, axis: Axis) -> Nodes:
+        """Return that each rank of `axis` is a node of its own."""
+        return cls(axis, Axis.of(None, f"{axis.name} on a node"), axis)
+
+
 Group = Axis | dist.ProcessGroup | DeviceMesh | None
 """What public functions take for the ranks of an axis."""
 
@@ -79,6 +102,7 @@ class Mesh:
     dp: Axis
     cp: Axis
     tp: Axis
+    local_world_size: int | None = None  # ranks on this machine, where that is known
 
     @classmethod
     def build(cls, layout: Layout, me: World, device: torch.device) -> Mesh:
@@ -114,7 +138,14 @@ class Mesh:
         }
         everyone = tuple(range(joined))
         world = Axis("world", joined, rank, everyone, dist.group.WORLD if joined > 1 else None)
-        return cls(layout, rank, me.local_rank, device, world=world, **axes)
+        size = me.local_world_size
+        return cls(layout, rank, me.local_rank, device, world, **axes, local_world_size=size)
+
+    def on_one_machine(self, axis: Axis) -> bool:
+        """Are all ranks of `axis` on this rank's machine, as far as is known?"""
+        first = self.rank - self.local_rank
+        size = self.local_world_size
+        return size is None or all(first <= rank < first + size for rank in axis.ranks)
 
     def across_stages(self, pp_ranks: Sequence[int]) -> Axis:
         """Return the axis of all data-parallel ranks of some pipeline ranks, for what they share.
@@ -165,6 +196,19 @@ class Mesh:
         group, ranks = self._grouped(key)
         name = "dp across groups" + " and tied stages" * bool(pp_ranks)
         return Axis(name, len(ranks), ranks.index(self.rank), ranks, group)
+
+    def nodes(self, degree: int, share: Axis) -> Nodes:
+        """Return the nodes of `degree` neighbours of `share`, all of the data-parallel axis.
+
+        With process groups that no other axis has. Every rank calls this.
+        """
+        if degree == 1:
+            return Nodes.apart(share)
+        node = self.share(degree, own_group=True)
+        across = self.beside(node)
+        return Nodes(
+            share, replace(node, name="dp on a node"), replace(across, name="dp across nodes")
+        )
 
     def second_group(self, axis: Axis) -> dist.ProcessGroup | None:
         """Return another process group of the ranks of `axis`; every rank calls this."""

@@ -48,6 +48,9 @@ class GradientSync(Protocol):
     def publish(self, bucket: Bucket) -> None:
         """Begin to give every rank the new parameters, from the owners' main parameters."""
 
+    def published(self) -> None:
+        """Take note that the buckets of this step are published, on all ranks alike."""
+
     def settle(self) -> None:
         """Return when everything that was published has arrived."""
 
@@ -90,6 +93,9 @@ class Replicated:
 
     def publish(self, bucket: Bucket) -> None:
         bucket.round()
+
+    def published(self) -> None:
+        pass
 
     def settle(self) -> None:
         pass

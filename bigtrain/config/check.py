@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 from bigtrain.config.check_deepspeed import deepspeed_rule
 from bigtrain.config.check_update import UPDATE_RULES
 from bigtrain.config.layout import Layout, legal_head_degrees
 from bigtrain.config.schema import (
+    CompressionKind,
     CompressionSection,
     Config,
     FactoryModel,
@@ -356,19 +358,86 @@ def _zero(config: Config, world_size: int | None) -> Iterator[Problem]:
         )
 
 
-def _compression(config: Config, world_size: int | None) -> Iterator[Problem]:
-    section, plain = config.compression, CompressionSection()
-    if section.kind == "none":
-        for key in CompressionSection.model_fields:
-            if getattr(section, key) != getattr(plain, key):
-                yield Problem(
-                    f"compression.{key} has no meaning for compression.kind = none",
-                    why="nothing is compressed",
-                    mend=f"remove compression.{key}, or set compression.kind=safe",
-                    keys=(f"compression.{key}", "compression.kind"),
-                )
+MOMENTUM: tuple[CompressionKind, ...] = ("default", "max")
+COMPRESSED: tuple[CompressionKind, ...] = tuple(k for k in get_args(CompressionKind) if k != "none")
+MESSAGES = tuple(k for k in COMPRESSED if k != "powersgd")
+# The kinds of compression that a key is for, and of what it speaks that others do not have.
+COMPRESSION_KEYS: dict[str, tuple[tuple[CompressionKind, ...], str]] = {
+    "node_degree": (
+        MESSAGES,
+        "it needs whole matrices, and ranks of a node send a part each",
+    ),
+    "block": (("safe", "int8", *MOMENTUM), "no elements share a scale"),
+    "transport": (
+        MESSAGES,
+        "it sends no messages, but adds up matrices in collectives",
+    ),
+    "least_numel": (COMPRESSED, ""),
+    "resync_every": (COMPRESSED, ""),
+    "warmup_steps": (MOMENTUM, "it compresses from the first step on"),
+    "refresh_every": (MOMENTUM, "it compresses gradients, not momentum"),
+    "when": (MOMENTUM, "it compresses from the first step on"),
+    "density": (("topk",), "it sends something of every element"),
+    "rank": (("powersgd",), "it does not look at gradients as matrices"),
+}
+
+
+def _idle_compression_keys(section: CompressionSection) -> Iterator[Problem]:
+    plain = CompressionSection()
+    for key, (kinds, why) in COMPRESSION_KEYS.items():
+        if section.kind not in kinds and getattr(section, key) != getattr(plain, key):
+            yield Problem(
+                f"compression.{key} has no meaning for compression.kind = {section.kind}",
+                why="nothing is compressed" if section.kind == "none" else why,
+                mend=f"remove compression.{key}, or set compression.kind={kinds[0]}",
+                keys=(f"compression.{key}", "compression.kind"),
+            )
+
+
+def _momentum(config: Config) -> Iterator[Problem]:
+    kind, name = config.compression.kind, "compression.kind"
+    if config.optimizer.kind not in ("adamw", "lamb"):
+        yield Problem(
+            f"compression.kind = {kind} with optimizer.kind = {config.optimizer.kind}",
+            why="it sends momentum beside a variance that stays, as AdamW and LAMB have them",
+            mend="set compression.kind=safe, which suits all optimizers",
+            keys=(name, "optimizer.kind"),
+        )
+    elif not config.optimizer.betas[0]:
+        yield Problem(
+            f"compression.kind = {kind} with optimizer.betas[0] = 0",
+            why="without a mean over steps, signs of gradients are what is left",
+            mend="set optimizer.betas=[0.9, 0.95], or compression.kind=safe",
+            keys=("optimizer.betas", name),
+        )
+
+
+def _nodes(config: Config, world: int | None) -> Iterator[Problem]:
+    degree = config.compression.node_degree
+    if world is None or degree == 1:
         return
-    kind, name = section.kind, "compression.kind"
+    try:
+        dp = layout_of(config, world).dp
+    except BigtrainError:
+        return  # reported by _world
+    if dp % degree:
+        yield Problem(
+            f"compression.node_degree = {degree} does not divide dp = {dp}",
+            why="nodes have the same number of data-parallel ranks",
+            mend=f"set compression.node_degree to one of {_divisors_near(dp, degree)}",
+            keys=("compression.node_degree", "parallel.dp"),
+        )
+
+
+def _compression(config: Config, world_size: int | None) -> Iterator[Problem]:
+    section, name = config.compression, "compression.kind"
+    yield from _idle_compression_keys(section)
+    kind = section.kind
+    if kind == "none":
+        return
+    if kind in MOMENTUM:
+        yield from _momentum(config)
+    yield from _nodes(config, world_size or fixed_world_size(config))
     if config.train.precision == "fp16":
         yield Problem(
             f"compression.kind = {kind} with train.precision = fp16",

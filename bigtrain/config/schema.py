@@ -211,16 +211,39 @@ class ZeroSection(Section):
     """Folder of those files, on a local disk. Empty: the folder for temporary files."""
 
 
+CompressionKind = Literal[
+    "none", "safe", "default", "max", "bf16", "fp16", "int8", "topk", "powersgd"
+]
+
+
 class CompressionSection(Section):
-    kind: Literal["none", "safe"] = "none"
+    kind: CompressionKind = "none"
     """How gradients and updates travel. safe: gradients in 4 bits to the rank that updates them,
-    updates in 8 bits back; what is lost is sent with the next."""
-    block: Annotated[int, Field(ge=64, multiple_of=64)] = 256
-    """Elements of a gradient that share one scale."""
+    updates in 8 bits back. default: momentum in 1 bit, updates in 4. max: both in 1 bit. What is
+    lost is sent with the next. default and max need AdamW or LAMB, and begin exactly. bf16, fp16,
+    int8: both in that. topk: the largest elements of gradients. powersgd: gradients of low rank."""
+    node_degree: PositiveInt = 1
+    """How many neighbouring data-parallel ranks are on one node and add up gradients exactly among
+    themselves, so that compression is between nodes; divides the data-parallel degree."""
+    block: Annotated[int, Field(ge=64, multiple_of=64)] | None = None
+    """Elements of a gradient that share one scale. Empty: 256 for safe and int8, else 1024."""
     least_numel: Annotated[int, Field(ge=0)] = 65536
     """Parameters of fewer elements than this travel exactly, as all of one dimension do."""
     resync_every: Annotated[int, Field(ge=0)] = 500
     """Steps after which parameters travel exactly once; 0: only when a run begins or saves."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """default, max: steps that go exactly at least. They end once the variance has settled."""
+    refresh_every: Annotated[int, Field(ge=0)] = 16
+    """default, max: steps after which the variance takes up an exact gradient; the distance doubles
+    after each 16 times. 0: never."""
+    when: Literal["pays", "always"] = "pays"
+    """default, max: compress only where the warm-up has shown that it saves time, or always."""
+    density: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """topk: share of the elements of a gradient that is sent, of those that are largest."""
+    rank: PositiveInt = 4
+    """powersgd: columns of the two thin matrices whose product a gradient is sent as."""
+    transport: Literal["group", "mpi"] = "group"
+    """What carries messages: the process group, or MPI, where that alone reaches the fabric."""
 
 
 class PipelineSection(Section):

@@ -254,11 +254,16 @@ class DeepSpeedEngine:
                 replica = (dp.rank, dp.degree)
                 yield from shard.named_blocks(f"model.{name}", block, tensor.data, replica)
 
-    def clipped(self, divisor: float) -> None:
-        """Nothing follows from it."""
-
     def consolidate(self) -> None:
         """Nothing is kept for later."""
+
+    @property
+    def progress(self) -> dict[str, Any] | None:
+        return None
+
+    @progress.setter
+    def progress(self, saved: dict[str, Any] | None) -> None:
+        pass
 
     def errors(self) -> Iterator[NamedBlock]:
         return iter(())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from bigtrain.comm.block import Block, NamedBlock
+from bigtrain.comm.collectives import all_gather_object
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Axis
 from bigtrain.config.schema import ZeroSection
@@ -20,7 +22,7 @@ from bigtrain.zero.memory import Memory, predict
 ERRORS = "compression.error."  # what a run without compression need not take up
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class NativeState:
     """The state of a model in buckets and of their optimizer."""
 
@@ -49,6 +51,26 @@ class NativeState:
 
     def consolidate(self) -> None:
         self.path.consolidate()
+
+    @property
+    def progress(self) -> dict[str, Any] | None:
+        """What compression must know to go on; all ranks ask for it together.
+
+        Communicates what optimizers know of parameters, over the axes that split the model.
+        """
+        wire, own = self.path.progress, self.optimizer.progress
+        if wire is None:
+            return None
+        for axis in self.path.model_axes:
+            every = all_gather_object(own, axis, "what optimizers know of parameters")
+            own = {name: value for known in every for name, value in (known or {}).items()}
+        return {"wire": wire, "optimizer": own}
+
+    @progress.setter
+    def progress(self, saved: dict[str, Any] | None) -> None:
+        self.path.progress = saved["wire"] if saved else None
+        if saved:
+            self.optimizer.progress = saved["optimizer"]
 
     def errors(self) -> Iterator[NamedBlock]:
         """Yield what compression has lost and not made good; call `consolidate` before."""

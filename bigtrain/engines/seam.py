@@ -53,9 +53,6 @@ class Gradients(Protocol):
         """Bring updated (or loaded) parameters to every rank: those of one bucket, or all that are
         left, and the first rank's buffers."""
 
-    def clipped(self, divisor: float) -> None:
-        """Note by what this step's gradient is divided, so that it is not too long."""
-
     def settle(self) -> None:
         """Return when nothing is on the wire any more."""
 
@@ -92,6 +89,13 @@ class Holder(Protocol):
 
     def consolidate(self) -> None:
         """Before a checkpoint, on all ranks: bring what ranks keep for themselves to owners."""
+
+    @property
+    def progress(self) -> dict[str, Any] | None:
+        """What else compression must know to go on: numbers and words."""
+
+    @progress.setter
+    def progress(self, saved: dict[str, Any] | None) -> None: ...
 
     def errors(self) -> Iterator[NamedBlock]:
         """Yield what compression keeps, where there is any; `consolidate` comes before."""

@@ -15,17 +15,20 @@ import torch
 from bigtrain.errors import CommError
 from bigtrain.ops.message import Pair, num_blocks, num_bytes
 
-Content = Literal["gradient", "delta"]
+Content = Literal["gradient", "delta", "momentum"]
 _MAGIC, _VERSION = b"btcm", 1
 _HEADER = struct.Struct("<4sBBBxIQQI")  # magic, version, content, bits; bucket, turn, n, block
-_CONTENTS: tuple[Content, ...] = ("gradient", "delta")
+_CONTENTS: tuple[Content, ...] = ("gradient", "delta", "momentum")
 _ROOM = 64  # bytes of the header, and what messages are a multiple of
 SCALES = torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What a message of n elements is: the turn counts the messages of a bucket."""
+    """What a message of n elements is: the turn counts the messages of a bucket.
+
+    block: elements of a scale; 0: there are no scales.
+    """
 
     content: Content
     bucket: int
@@ -37,8 +40,8 @@ class Frame:
     @property
     def _parts(self) -> list[int]:
         """Bytes of the header, the scales and the codes."""
-        scales = SCALES.itemsize * num_blocks(self.n, self.block)
-        return [_ROOM, scales, num_bytes(self.n, self.num_bits)]
+        scales = num_blocks(self.n, self.block) if self.block else 0
+        return [_ROOM, SCALES.itemsize * scales, num_bytes(self.n, self.num_bits)]
 
     @property
     def size(self) -> int:
@@ -56,11 +59,13 @@ class Frame:
         _, scales, codes = message[: sum(self._parts)].split(self._parts)
         return scales.view(SCALES), codes
 
-    def begin(self, messages: torch.Tensor) -> None:
-        """Write the header into each row of `messages` [any, size]."""
+    def messages(self, num: int, device: torch.device) -> torch.Tensor:
+        """Return so many messages [num, size], of which the headers are written."""
+        messages = torch.empty(num, self.size, dtype=torch.uint8, device=device)
         header = torch.frombuffer(bytearray(self.header()), dtype=torch.uint8)
-        messages[:, :_ROOM] = header.to(messages.device)
+        messages[:, :_ROOM] = header.to(device)
         messages[:, sum(self._parts) :] = 0
+        return messages
 
     def check(self, message: torch.Tensor, rank: int) -> None:
         """See that what has come from `rank` is what is due.

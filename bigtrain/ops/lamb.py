@@ -80,9 +80,12 @@ def lamb_moments_(
     eps: float,
     weight_decay: float,
     divisor: torch.Tensor | None = None,
+    moments_stay: bool = False,
     kernels: Kernels = "auto",
 ) -> torch.Tensor:
     """Update the moments; return the sums of squares [num_tensors, 2] fp64 of tensors, directions.
+
+    moments_stay: they have what they need of `grad` already, and do not change.
 
     Raises:
         BigtrainError: arguments that are not flat blocks of one size, or share memory.
@@ -90,7 +93,8 @@ def lamb_moments_(
     name = "lamb_moments_"
     check_blocks(name, main, grad, None, divisor, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     _check_offsets(name, main, offsets)
-    numbers = (1 - betas[0], betas[1], 1 - betas[1], *_corrections(betas, step), eps, weight_decay)
+    gradient = (0.0, 1.0, 0.0) if moments_stay else (1 - betas[0], betas[1], 1 - betas[1])
+    numbers = (*gradient, *_corrections(betas, step), eps, weight_decay)
     use = chosen("lamb_", kernels, main, grad)
     result: torch.Tensor = (_MOMENTS if use else _moments_reference)(
         main, grad, exp_avg, exp_avg_sq, divisor, offsets, *numbers

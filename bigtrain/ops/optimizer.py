@@ -31,10 +31,12 @@ def adamw_(
     weight_decay: float = 0.0,
     param: torch.Tensor | None = None,
     divisor: torch.Tensor | None = None,
+    moments_stay: bool = False,
     kernels: Kernels = "auto",
 ) -> None:
     """Do update number `step` (from 1) of AdamW, with bias correction, in place.
 
+    moments_stay: they have what they need of `grad` already, which is not looked at.
     Source: https://arxiv.org/abs/1711.05101. See the module for shapes and dtypes.
 
     Raises:
@@ -42,11 +44,10 @@ def adamw_(
     """
     check_blocks("adamw_", main, grad, param, divisor, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     beta1, beta2 = betas
+    gradient = (0.0, 1.0, 0.0) if moments_stay else (1 - beta1, beta2, 1 - beta2)
     numbers = (
         1 - lr * weight_decay,
-        1 - beta1,
-        beta2,
-        1 - beta2,
+        *gradient,
         lr / (1 - beta1**step),
         (1 - beta2**step) ** 0.5,
         eps,

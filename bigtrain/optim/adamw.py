@@ -13,6 +13,8 @@ from bigtrain.optim.optimizer import Optimizer, Source
 class AdamW(Optimizer):
     """AdamW (https://arxiv.org/abs/1711.05101), with bias correction, moments in fp32."""
 
+    takes_momentum = True
+
     def __init__(
         self,
         source: Source,
@@ -27,6 +29,10 @@ class AdamW(Optimizer):
         self._add_moment("exp_avg")
         self._add_moment("exp_avg_sq")
 
+    @property
+    def decays(self) -> tuple[float, float]:
+        return self.betas
+
     def _update(
         self,
         index: int,
@@ -35,6 +41,9 @@ class AdamW(Optimizer):
         weight_decay: float,
         divisor: torch.Tensor | None,
     ) -> None:
+        given = segment.bucket.momentum is not None
+        if given:
+            divisor = self._take_momentum(index, segment, divisor)
         adamw_(
             segment.main_params,
             segment.main_grads,
@@ -47,5 +56,6 @@ class AdamW(Optimizer):
             weight_decay=weight_decay,
             param=segment.low_params,
             divisor=divisor,
+            moments_stay=given,
             kernels=self.kernels,
         )

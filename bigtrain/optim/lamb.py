@@ -16,8 +16,11 @@ class LAMB(Optimizer):
     """LAMB (https://arxiv.org/abs/1904.00962), with bias correction, moments in fp32.
 
     The length of a parameter's step is its learning rate times the parameter's own norm, whatever
-    parts of it several ranks have: a step communicates two fp64 numbers a parameter, once.
+    parts of it several ranks have: a step communicates three fp64 numbers a parameter, once.
+    Beside compressed momentum it is about 1-bit LAMB (https://arxiv.org/abs/2104.06069).
     """
+
+    takes_momentum = True
 
     def __init__(
         self,
@@ -37,27 +40,69 @@ class LAMB(Optimizer):
         self._num_slots = len(rows)
         self._places = [_Place(segment, rows, source.device) for segment in self.segments]
         self._ratios = [torch.empty(0)] * len(self.segments)
+        lengths = torch.zeros(self._num_slots, dtype=torch.float64, device=source.device)
+        self._lengths = lengths  # squares of directions, where the first moment was exact
+        self._exact = {bucket.index for bucket in source.buckets}  # of an exact first moment
+
+    @property
+    def decays(self) -> tuple[float, float]:
+        return self.betas
+
+    @property
+    def progress(self) -> dict[str, float] | None:
+        old = [b for b in self.path.buckets if b.index not in self._exact]
+        names = {slot.name for bucket in old for slot in bucket.slots}
+        lengths = zip(self.path.slots, self._lengths.tolist(), strict=True)
+        return {slot.name: length for slot, length in lengths if length > 0 and slot.name in names}
+
+    @progress.setter
+    def progress(self, saved: dict[str, float] | None) -> None:
+        for row, slot in enumerate(self.path.slots):
+            self._lengths[row] = (saved or {}).get(slot.name, 0.0)
+        known = set(saved or {})
+        unknown = [b for b in self.path.buckets if not {s.name for s in b.slots} <= known]
+        self._exact = {bucket.index for bucket in unknown}
 
     def _prepare(self, divisor: torch.Tensor | None) -> None:
-        """Update all moments, and find the trust ratio of every parameter."""
-        values = torch.zeros(self._num_slots, 2, dtype=torch.float64, device=self.path.device)
+        """Update all moments, and find the trust ratio of every parameter.
+
+        A first moment that came in few bits is longer than what it stands for. So where it does,
+        the direction is taken to be as long as it was with the last exact one, as 1-bit LAMB does.
+        """
+        values = torch.zeros(self._num_slots, 3, dtype=torch.float64, device=self.path.device)
+        came = torch.zeros(self._num_slots, dtype=torch.bool, device=self.path.device)
         for index, (segment, place) in enumerate(zip(self.segments, self._places, strict=True)):
-            norms = lamb_moments_(
-                segment.main_params,
-                segment.main_grads,
-                self._moment("exp_avg", index),
-                self._moment("exp_avg_sq", index),
-                place.offsets,
-                step=self.num_updates,
-                betas=self.betas,
-                eps=self.eps,
-                weight_decay=0.0 if segment.kind == NO_DECAY else self.weight_decay,
-                divisor=divisor,
-                kernels=self.kernels,
-            )
-            values[place.rows] = norms.to(values.device)
-        ratios = trust_ratios(self.path.sum_over_parts(values))
+            given, rows = segment.bucket.momentum is not None, place.rows
+            came[rows] |= given
+            if given and segment.bucket.index in self._exact:
+                values[rows, 2] = self._norms(index, None, True)[:, 1].to(values.device)
+            stop = self._take_momentum(index, segment, divisor) if given else divisor
+            values[rows, :2] = self._norms(index, stop, given).to(values.device)
+        values = self.path.sum_over_parts(values)
+        self._lengths = torch.where(values[:, 2] > 0, values[:, 2], self._lengths)
+        if divisor is None or bool(divisor.isfinite()):
+            self._exact = {b.index for b in self.path.buckets if b.momentum is None}
+        values[:, 1] = torch.where(came & (self._lengths > 0), self._lengths, values[:, 1])
+        ratios = trust_ratios(values[:, :2])
         self._ratios = [ratios[place.rows].to(place.offsets.device) for place in self._places]
+
+    def _norms(self, index: int, divisor: torch.Tensor | None, moments_stay: bool) -> torch.Tensor:
+        """Return the squares of a segment's parameters and their directions [parts, 2]."""
+        segment = self.segments[index]
+        return lamb_moments_(
+            segment.main_params,
+            segment.main_grads,
+            self._moment("exp_avg", index),
+            self._moment("exp_avg_sq", index),
+            self._places[index].offsets,
+            step=self.num_updates,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=0.0 if segment.kind == NO_DECAY else self.weight_decay,
+            divisor=divisor,
+            moments_stay=moments_stay,
+            kernels=self.kernels,
+        )
 
     def _update(
         self,

@@ -33,6 +33,8 @@ class Muon(AdamW):
         BigtrainError: a matrix of which this rank has a part only; a model without matrices.
     """
 
+    takes_momentum = False  # of matrices it needs gradients
+
     def __init__(
         self,
         source: Source,

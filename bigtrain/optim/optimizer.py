@@ -13,6 +13,8 @@ from bigtrain.comm.gradient import GradientPath
 from bigtrain.ops.op import Kernels
 from bigtrain.optim.kinds import NO_DECAY
 
+MOST_ROOTS = 5.0  # of the variance that a mean which came in few bits may be, at least
+
 Source = GradientPath | Iterable[Segment]
 """A gradient path, or some of its segments."""
 
@@ -22,17 +24,25 @@ class Optimizer(ABC):
 
     What the model computes with, if that is of a lower precision, is written in the same pass.
     Nothing is communicated, unless an optimizer says so. `moments` holds, by name, one flat fp32
-    tensor per segment, or None for a segment that has no such state.
+    tensor per segment, or None for a segment that has no such state. Where a path brings the mean
+    of gradients over steps in place of a gradient (`bucket.momentum`), that is the first moment.
     """
 
+    takes_momentum = False  # can it update from a mean of gradients that it has not made?
+
     def __init__(self, source: Source, lr: float, weight_decay: float, kernels: Kernels) -> None:
-        found = source.segments() if isinstance(source, GradientPath) else source
-        self.segments: list[Segment] = list(found)
+        path = source if isinstance(source, GradientPath) else None
+        found = path.segments() if path is not None else source
+        self.segments: list[Segment] = list(found)  # type: ignore[arg-type]
+        self._path = path
         self.lr = lr
         self.weight_decay = weight_decay
         self.kernels: Kernels = kernels
         self.num_updates = 0
+        self.rate, self.rising = 0.0, True
         self.moments: dict[str, list[torch.Tensor | None]] = {}
+        if path is not None:
+            path.updated_by(self)
 
     @torch.no_grad()
     def step(
@@ -50,6 +60,9 @@ class Optimizer(ABC):
         """
         self.num_updates += 1
         rate = self.lr if lr is None else lr
+        self.rate, self.rising = rate, rate > self.rate
+        if self._path is not None:
+            self._path.divided(grad_divisor)
         if grad_divisor is not None and self.segments:
             grad_divisor = grad_divisor.to(self.segments[0].main_params.device)
         self._prepare(grad_divisor)
@@ -61,6 +74,82 @@ class Optimizer(ABC):
             bucket.rounded = True
             if done is not None:
                 done(bucket)
+
+    # -- as a wire sees it ---------------------------------------------------------------------
+
+    @property
+    def decays(self) -> tuple[float, float]:
+        """Of the running means of the gradient and its square, where it takes momentum."""
+        raise NotImplementedError
+
+    def first_moment(self, bucket: Bucket) -> torch.Tensor:
+        """Return the running mean of the gradient of the owned block [n], a copy."""
+        mean = torch.zeros_like(bucket.main_grads)
+        for index, segment in self._of(bucket):
+            segment.of(mean).copy_(self._moment("exp_avg", index))
+        return mean
+
+    def set_first_moment(self, bucket: Bucket, mean: torch.Tensor) -> None:
+        for index, segment in self._of(bucket):
+            self._moment("exp_avg", index).copy_(segment.of(mean))
+            self._bound(index)
+
+    def sum_of_variance(self, bucket: Bucket) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=bucket.main_grads.device)
+        for index, _ in self._of(bucket):
+            total += self._moment("exp_avg_sq", index).sum(dtype=torch.float64)
+        return total
+
+    def _of(self, bucket: Bucket) -> list[tuple[int, Segment]]:
+        return [(i, segment) for i, segment in enumerate(self.segments) if segment.bucket is bucket]
+
+    def _take_momentum(
+        self, index: int, segment: Segment, divisor: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Take the first moment as it came, and the second one's share of the gradient, if any.
+
+        Returns what is left to divide by: nothing. (A divisor that forbids the update leaves no
+        momentum to take.)
+        """
+        momentum = segment.bucket.momentum
+        assert momentum is not None
+        mean, square = self._moment("exp_avg", index), self._moment("exp_avg_sq", index)
+        if momentum.gradient is not None:
+            gradient = segment.of(momentum.gradient)
+            gradient = gradient if divisor is None else gradient / divisor
+            square.mul_(momentum.decay).addcmul_(gradient, gradient, value=1 - momentum.decay)
+        if momentum.fades is not None:
+            mean.mul_(momentum.fades)
+            return None
+        mean.copy_(segment.main_grads)
+        self._bound(index)
+        return None
+
+    def _bound(self, index: int) -> None:
+        """Hold a first moment that came in few bits to what it can be beside the second.
+
+        Signs are never zero, and share a scale with their neighbours. The mean of gradients of any
+        sizes is `most` roots of the mean of their squares at most (Cauchy and Schwarz). Where there
+        never was a gradient, this is taken for the first one.
+        """
+        mean, square = self._moment("exp_avg", index), self._moment("exp_avg_sq", index)
+        beta1, beta2 = self.decays
+        torch.where(square > 0, square, mean**2 * ((1 - beta2) / (1 - beta1) ** 2), out=square)
+        apart = (1 - beta2) * (1 - beta1**2 / beta2) if beta2 > beta1**2 else 0.0
+        most = max(MOST_ROOTS, (1 - beta1) / apart**0.5 if apart > 0 else 0.0)
+        roots = square.sqrt().mul_(most)
+        torch.minimum(torch.maximum(mean, -roots, out=mean), roots, out=mean)
+
+    @property
+    def progress(self) -> dict[str, float] | None:
+        """What it must know beside moments to go on in the same way, by parameters' names."""
+        return None
+
+    @progress.setter
+    def progress(self, saved: dict[str, float] | None) -> None:
+        return None  # most have nothing to take up
+
+    # -- of each kind --------------------------------------------------------------------------
 
     def _prepare(self, divisor: torch.Tensor | None) -> None:  # noqa: B027 - most need nothing
         """Do what needs all segments, before any is updated."""

@@ -94,9 +94,8 @@ def predict(
     return Memory(
         parameters=itemsize * sum(_block(b) if _sharded(b) else b.numel for b in every),
         main_parameters=FP32 * copied + itemsize * away * owned,
-        gradients=sum(FP32 * (_block(b) if b.sharing.sharded_grads else b.numel) for b in trained)
-        + (FP32 * owned if away else 0),
-        errors=FP32 * sum(b.numel for b in trained if b.sharing.compressed),
+        gradients=sum(map(_gradients, trained)) + (FP32 * owned if away else 0),
+        errors=sum(wire.bytes_kept(b) for b in trained) if wire is not None else 0,
         moments=moments,
         gradients_in_flight=_gradients_in_flight(
             trained, zero, path.sync.wire, num_microbatches, row
@@ -108,6 +107,12 @@ def predict(
 
 def _block(bucket: Bucket) -> int:
     return bucket.numel // bucket.sharing.inner.degree
+
+
+def _gradients(bucket: Bucket) -> int:
+    """Return the bytes of gradients that stay: of the block, of all, or of both apart."""
+    block = _block(bucket) if bucket.sharing.sharded_grads or bucket.sharing.own_grads else 0
+    return FP32 * (block + (0 if bucket.sharing.sharded_grads else bucket.numel))
 
 
 def _sharded(bucket: Bucket) -> bool:
@@ -144,7 +149,9 @@ def _gradients_in_flight(
     most = 0.0
     for index, bucket in enumerate(leaving):
         before = [on_wire(each) for each in leaving[max(0, index - zero.in_flight) : index]]
-        cast = _filling(bucket) if _is_cast(bucket, zero) else 0  # whole until it is cast
+        # Whole until it is cast; what has been on a node first counts it itself.
+        one_hop = bucket.sharing.nodes.node.degree == 1
+        cast = _filling(bucket) if one_hop and _is_cast(bucket, zero) else 0
         rest = before[len(before) - zero.in_flight + 1 :] if zero.in_flight > 1 else []
         most = max(most, _filling(bucket) + sum(before), cast + on_wire(bucket) + sum(rest))
     across = [FP32 * _block(b) for b in shared if b.sharing.outer.degree > 1 and _filling(b)]
@@ -163,12 +170,23 @@ def _wire_size(zero: ZeroSection, wire: Wire | None) -> Size:
     def size(bucket: Bucket) -> float:
         assert wire is not None  # there is one wherever a bucket is shared
         per_element, cast = wire.bytes_per_element(bucket), _is_cast(bucket, zero)
-        degree, on_cpu = bucket.sharing.inner.degree, bucket.params.device.type == "cpu"
-        leaving = bucket.numel if cast or bucket.sharing.sharded_grads else 0
+        nodes, on_cpu = bucket.sharing.nodes, bucket.params.device.type == "cpu"
+        degree, several = nodes.across.degree, nodes.node.degree > 1
+        copied = cast or (bucket.sharing.sharded_grads and not several)
         rows = degree - 1 if on_cpu else degree if cast else 1
-        return per_element * (leaving + _block(bucket) * rows)
+        across = per_element * _block(bucket) * (rows + (degree if copied else 0))
+        return max(across + _filling(bucket), _on_node(bucket, on_cpu)) if several else across
 
     return size
+
+
+def _on_node(bucket: Bucket, on_cpu: bool) -> int:
+    """Return the bytes held while ranks of a node add up: what leaves, in order, what arrives, and
+    the sum."""
+    node = bucket.sharing.nodes.node.degree
+    part = bucket.numel // node
+    arriving = (node - 1) * part if on_cpu else 0
+    return _filling(bucket) + FP32 * (bucket.numel + arriving + part)
 
 
 def _waiting_for_second_half(buckets: Sequence[Bucket], row: Sequence[Action]) -> int:

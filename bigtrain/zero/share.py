@@ -9,7 +9,7 @@ from torch import nn
 
 from bigtrain.comm.block import Shard
 from bigtrain.comm.buckets import Sharing
-from bigtrain.comm.mesh import Axis, Mesh
+from bigtrain.comm.mesh import Axis, Mesh, Nodes
 from bigtrain.comm.sync import GradientSync, Replicated
 from bigtrain.comm.wire import Wire
 from bigtrain.config.schema import ZeroSection
@@ -24,6 +24,8 @@ class Sharings:
     Every rank makes this, with the same `holders`: it makes process groups.
     wire: what carries gradients and parameters, if not what `zero` says. compresses(param, shard):
     whether that wire is free to lose something of a parameter, for as long as it keeps that.
+    node_degree: neighbouring ranks that add up gradients among themselves, before the wire does;
+    all ranks share everything then. carried: the same axis, with what carries messages on it.
     """
 
     def __init__(
@@ -33,16 +35,25 @@ class Sharings:
         holders: Set[tuple[int, ...]],
         wire: Wire | None = None,
         compresses: Callable[[torch.Tensor, Shard], bool] = lambda param, shard: False,
+        node_degree: int = 1,
+        carried: Callable[[Axis], Axis] = lambda axis: axis,
     ) -> None:
-        self.mesh, self.zero = mesh, zero
+        self.mesh, self.zero, self.carried = mesh, zero, carried
         self.wire, self.compresses = wire or make_wire(zero.reduce_dtype), compresses
         tied = sorted(ranks for ranks in holders if len(ranks) > 1)
         self._axes = {ranks: mesh.across_stages(ranks) for ranks in tied}
+        self.nodes = Nodes.apart(mesh.dp)
         if zero.stage:
             self.inner = mesh.share(zero.shard_degree)
             self.outer = mesh.beside(self.inner)
+            self.nodes = self._nodes(node_degree, self.inner)
             self._outers = {ranks: mesh.beside(self.inner, ranks) for ranks in tied}
         self._known: dict[tuple[Axis, bool, bool], Sharing] = {}
+
+    def _nodes(self, degree: int, share: Axis) -> Nodes:
+        nodes = self.mesh.nodes(degree, share)
+        across = self.carried(nodes.across)
+        return Nodes(across if degree == 1 else share, nodes.node, across)
 
     def axis_of(self, holders: tuple[int, ...]) -> Axis:
         """Return the data-parallel ranks of those stages."""
@@ -58,14 +69,21 @@ class Sharings:
             self._known[key] = Sharing.none(axis)
             if zero.stage:
                 shared = self.inner.degree > 1
+                own_grads = shared and compressed and self.wire.once_a_step
                 self._known[key] = Sharing(
                     axis,
                     self.inner,
                     self._outers.get(holders, self.outer),
-                    # Stages would wait for each other in every microbatch.
-                    sharded_grads=shared and zero.stage >= 2 and axis is self.mesh.dp,
+                    self.nodes,
+                    # Stages would wait for each other in every microbatch. And what leaves once
+                    # a step beside what leaves in each microbatch would be in no one order.
+                    sharded_grads=shared
+                    and zero.stage >= 2
+                    and axis is self.mesh.dp
+                    and not self.wire.once_a_step,
                     sharded_params=shared and zero.stage == 3 and not small,
                     compressed=shared and compressed,
+                    own_grads=own_grads,
                 )
         return self._known[key]
 
@@ -81,4 +99,7 @@ class Sharings:
             prefetch=zero.prefetch,
             agreed=zero.order == "agreed",
         )
-        return Sharded(mesh.dp, self.inner, self.outer, self.wire, keeper, zero.in_flight)
+        publishing = self._nodes(self.nodes.node.degree, keeper.axis)
+        return Sharded(
+            mesh.dp, self.inner, self.outer, publishing, self.wire, keeper, zero.in_flight
+        )

@@ -26,8 +26,8 @@ class CastWire(PlainWire):
     def bytes_per_element(self, bucket: Bucket) -> float:
         return float(self.dtype.itemsize)
 
-    def leave(self, bucket: Bucket, axis: Axis) -> Pending[list[torch.Tensor]]:
-        rows, what = _leaving(bucket, axis)
+    def leave(self, bucket: Bucket, rows: torch.Tensor, axis: Axis) -> Pending[list[torch.Tensor]]:
+        what = f"reduce_scatter of gradient bucket {bucket.index}"
         if rows.dtype == self.dtype and rows.device.type != "cpu":
             return start_reduce_scatter(rows, axis, what).then(lambda row: [row])
         return start_all_to_all(rows.to(self.dtype), axis, what)
@@ -51,15 +51,13 @@ class Int8Wire(PlainWire):
     def bytes_per_element(self, bucket: Bucket) -> float:
         return 1 + 4 / BLOCK
 
-    def leave(self, bucket: Bucket, axis: Axis) -> Pending[list[torch.Tensor]]:
-        rows, what = _leaving(bucket, axis)
-        bucket.clear_gaps()
+    def leave(self, bucket: Bucket, rows: torch.Tensor, axis: Axis) -> Pending[list[torch.Tensor]]:
         n = rows.shape[1]
         messages = torch.empty(len(rows), self._size(n), dtype=torch.uint8, device=rows.device)
         for row, message in zip(rows, messages, strict=True):
             out = self._split(message, n)
             quantize_(row, None, num_bits=8, block=BLOCK, out=out, kernels=self.kernels)
-        return start_all_to_all(messages, axis, what)
+        return start_all_to_all(messages, axis, f"all_to_all of gradient bucket {bucket.index}")
 
     def add_up(
         self, bucket: Bucket, arrived: Sequence[torch.Tensor], out: torch.Tensor, *, first: bool
@@ -80,11 +78,6 @@ class Int8Wire(PlainWire):
     def _split(message: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         scales, codes = message.split([4 * num_blocks(n, BLOCK), n])
         return scales.view(torch.float32), codes
-
-
-def _leaving(bucket: Bucket, axis: Axis) -> tuple[torch.Tensor, str]:
-    rows = bucket.open_grads().view(axis.degree, -1)
-    return rows, f"reduce_scatter of gradient bucket {bucket.index}"
 
 
 def make_wire(dtype: str, kernels: Kernels = "auto") -> Wire:

@@ -125,6 +125,21 @@ def test_an_own_loop_that_fails_on_one_rank_ends(tmp_path: Path) -> None:
     assert "ValueError: enough" in done.stderr
 
 
+SMALL = ("compression.kind=safe", "compression.least_numel=100", "zero.stage=1")
+
+
+def test_compressed_messages_by_mpi(bench: Bench) -> None:
+    by_mpi = bench.launch("compression.transport=mpi", "parallel.dp=auto", *SMALL, command=MPI)
+    assert "compression |" in by_mpi.out
+    by_group = bench.launch("parallel.dp=2", *SMALL, "run.dir=group")
+    assert by_mpi.losses() == by_group.losses()
+
+
+def test_messages_by_mpi_without_it(bench: Bench) -> None:
+    run = bench.launch("compression.transport=mpi", "parallel.dp=2", *SMALL, code=1)
+    run.assert_told("of the run is rank 0 of 1 in MPI", "mpiexec -n N bigtrain launch")
+
+
 def test_nothing_is_left(bench: Bench) -> None:
     run = bench.start(*SLOW, "train.steps=400", command=MPI)
     run.wait_step(2)

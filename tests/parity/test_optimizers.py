@@ -212,7 +212,7 @@ class PartOf(GradientPath):
         self, path: GradientPath, number: int, meet: threading.Barrier, said: list
     ) -> None:
         self.path, self.number, self.meet, self.said = path, number, meet, said
-        self.device = path.device
+        self.device, self.sync, self.buckets = path.device, path.sync, path.buckets
 
     @property
     def slots(self) -> list[Slot]:
