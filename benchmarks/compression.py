@@ -1,11 +1,13 @@
 """Seconds, bytes and losses of compressed training, beside what a user would take instead.
 
-    python benchmarks/compression.py wire [rounds]          four nodes, links of three speeds
-    python benchmarks/compression.py loss [steps] [seeds]   two ranks, beside the exact curve
+    python benchmarks/compression.py wire [ROUNDS [PICTURE]]   four nodes, links of four speeds
+    python benchmarks/compression.py collective [ROUNDS]       10M elements, nothing to compute
+    python benchmarks/compression.py loss WIDTH STEPS SEEDS KIND... [PICTURE]   two ranks, curves
 
-`wire` makes four network namespaces on this machine (root, iproute2) and limits what each may send.
-In every node one rank trains a GPT of 10M parameters by each way in turn, step by step; bytes are
-those of the network card. `loss` trains a GPT on the text of Python's standard library.
+`wire` and `collective` make four network namespaces on this machine (root, iproute2) and limit what
+each may send. In every node one rank trains a GPT of 10M parameters by each way in turn, step by
+step; bytes are those of the network card. Steps that refresh a variance are among them. `loss`
+trains a GPT on the text of Python's standard library.
 """
 
 from __future__ import annotations
@@ -33,10 +35,25 @@ from bigtrain.models import GPT
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "cluster"))
 
-RATES = ("1gbit", "100mbit", "")
+RATES = ("1gbit", "300mbit", "100mbit", "")
+PEERS = {
+    "wire": ("DDP fp32", "DDP fp16 hook"),
+    "collective": ("all_reduce fp32", "all_reduce fp16"),
+}
+DRAWN = {
+    "DDP fp32": "#6e1423",
+    "DDP fp16 hook": "#dd7684",
+    "PowerSGD, rank 4": "#e79a5b",
+    "1-bit Adam, op chain": "#8a5fb0",
+    "ours, safe": "#9fd3a8",
+    "ours, default": "#57a867",
+    "ours, max": "#1d5f2b",
+}
 NODES = 4
 VOCAB, LENGTH, BATCH = 256, 64, 2
 WARM_UP = 2
+EVALUATIONS = 8
+ELEMENTS = 10 * 1002 * 1002
 
 
 def model(seed: int = 0) -> GPT:
@@ -66,8 +83,85 @@ def ddp(hook: str) -> Step:
     return step
 
 
-def ours(mesh: Mesh, kind: str, stage: int) -> Step:
-    path = bigtrain.parallelize(model(), mesh, compression=kind, zero=stage)
+def powersgd() -> Step:
+    """Rank 4, in one bucket: with several, this hook has aborted over gloo."""
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+    wrapped = DistributedDataParallel(model(), bucket_cap_mb=1000)
+    state = powerSGD_hook.PowerSGDState(
+        None, matrix_approximation_rank=4, start_powerSGD_iter=2, warm_start=True
+    )
+    wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3, fused=True)
+
+    def step(window: torch.Tensor) -> None:
+        wrapped(window[:, :-1], window[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+class OneBitAdam:
+    """1-bit Adam in its compressed stage (https://arxiv.org/abs/2102.02888), two-phase, as it was
+    offered so far: a chain of torch's operations after backward, with one scale for all."""
+
+    def __init__(self) -> None:
+        self.net = model()
+        self.params = list(self.net.parameters())
+        ranks = dist.get_world_size()
+        n = sum(p.numel() for p in self.params)
+        self.size = -(-n // (8 * ranks)) * 8 * ranks
+        zeros = [torch.zeros(self.size) for _ in range(3)]
+        self.mean, self.variance, self.error = zeros
+        self.variance += 1e-4
+        self.owner_error = torch.zeros(self.size // ranks)
+
+    def step(self, window: torch.Tensor) -> None:
+        self.net(window[:, :-1], window[:, 1:]).backward()
+        flat = torch.cat([p.grad.flatten() for p in self.params if p.grad is not None])
+        flat = torch.nn.functional.pad(flat, (0, self.size - len(flat)))
+        self.mean = self.reduce(0.9 * self.mean + 0.1 * flat)
+        update = 1e-3 * self.mean / (self.variance.sqrt() + 1e-8)
+        with torch.no_grad():
+            start = 0
+            for p in self.params:
+                p -= update[start : start + p.numel()].view(p.shape)
+                start += p.numel()
+                p.grad = None
+
+    def reduce(self, x: torch.Tensor) -> torch.Tensor:
+        ranks = dist.get_world_size()
+        bits, scale, self.error = self.pack(x + self.error)
+        rows = torch.empty_like(bits)
+        dist.all_to_all_single(rows, bits)
+        scales = [torch.empty(1) for _ in range(ranks)]
+        dist.all_gather(scales, scale)
+        signs = self.unpack(rows).view(ranks, -1)
+        own = (signs * torch.stack(scales)).sum(0) / ranks + self.owner_error
+        bits, scale, self.owner_error = self.pack(own)
+        every = [torch.empty_like(bits) for _ in range(ranks)]
+        dist.all_gather(every, bits)
+        dist.all_gather(scales, scale)
+        return torch.cat([self.unpack(b) * s for b, s in zip(every, scales, strict=True)])
+
+    def pack(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scale = x.norm() / len(x) ** 0.5
+        positive = x >= 0
+        error = x - scale * (2.0 * positive - 1.0)
+        shifts = torch.arange(8, dtype=torch.uint8)
+        bits = (positive.view(-1, 8).to(torch.uint8) << shifts).sum(1, dtype=torch.uint8)
+        return bits, scale[None], error
+
+    def unpack(self, bits: torch.Tensor) -> torch.Tensor:
+        shifts = torch.arange(8, dtype=torch.uint8)
+        return ((bits[:, None] >> shifts) & 1).flatten().float() * 2 - 1
+
+
+def ours(mesh: Mesh, kind: str, stage: int, when: str = "always") -> Step:
+    section: Any = {"kind": kind, **({"when": when} if kind in ("default", "max") else {})}
+    compression = CompressionSection(**section)
+    path = bigtrain.parallelize(model(), mesh, compression=compression, zero=stage)
     optimizer = bigtrain.AdamW(path, lr=1e-3)
 
     def step(window: torch.Tensor) -> None:
@@ -77,18 +171,78 @@ def ours(mesh: Mesh, kind: str, stage: int) -> Step:
         path.publish()
         path.settle()
 
+    if kind in ("default", "max"):
+        begin(path, step, mesh.rank)
     return step
+
+
+def begin(path: Any, step: Step, rank: int) -> None:
+    """Train until the warm-up is over, while links are fast; its end is found by itself."""
+    draws = torch.Generator().manual_seed(rank)
+    for _ in range(200):
+        if path.progress["phase"] in ("compressed", "off"):
+            break
+        step(torch.randint(VOCAB, (BATCH, LENGTH + 1), generator=draws))
+    if rank == 0:
+        print(f"after its warm-up: {path.progress['phase']}", flush=True)
 
 
 def ways(mesh: Mesh) -> dict[str, Step]:
     return {
         "DDP fp32": ddp(""),
         "DDP fp16 hook": ddp("fp16"),
+        "PowerSGD, rank 4": powersgd(),
+        "1-bit Adam, op chain": OneBitAdam().step,
         "ours, exact": ours(mesh, "none", 0),
-        "ours, exact, ZeRO 1": ours(mesh, "none", 1),
         "ours, safe": ours(mesh, "safe", 0),
-        "ours, safe, ZeRO 2": ours(mesh, "safe", 2),
+        "ours, default": ours(mesh, "default", 0),
+        "ours, default, ZeRO 2": ours(mesh, "default", 2),
+        "ours, max": ours(mesh, "max", 0),
+        "ours, max, ZeRO 1": ours(mesh, "max", 1),
+        "ours, default if it pays": ours(mesh, "default", 0, "pays"),
     }
+
+
+def collectives(mesh: Mesh) -> dict[str, Step]:
+    """Ways to add up 10M elements and bring the result to all, with nothing to compute."""
+    flat = torch.randn(ELEMENTS)
+
+    def halves(_: torch.Tensor) -> None:
+        half = flat.half()
+        dist.all_reduce(half)
+        flat.copy_(half)
+        flat.normal_()
+
+    def whole(_: torch.Tensor) -> None:
+        dist.all_reduce(flat)
+
+    return {
+        "all_reduce fp32": whole,
+        "all_reduce fp16": halves,
+        **{f"ours, {kind}": one_bucket(mesh, kind) for kind in ("safe", "default", "max")},
+    }
+
+
+def one_bucket(mesh: Mesh, kind: str) -> Step:
+    net = torch.nn.ModuleList(torch.nn.Linear(1002, 1002, bias=False) for _ in range(10))
+    section: Any = {"kind": kind, **({"refresh_every": 0} if kind != "safe" else {})}
+    path = bigtrain.parallelize(net, mesh, compression=CompressionSection(**section), bucket_mb=4.0)
+    bigtrain.AdamW(path)
+    for bucket in path.buckets:
+        bucket.open_grads().normal_()
+    if kind != "safe":
+        path.sync.wire.switch.begin("compressed")  # type: ignore[union-attr]
+
+    def step(_: torch.Tensor) -> None:
+        for bucket in path.buckets:
+            bucket.collected = False
+            path.sync.reduce(bucket)
+        path.sync.finish()
+        for bucket in path.buckets:
+            path.sync.publish(bucket)
+        path.sync.settle()
+
+    return step
 
 
 def sent() -> int:
@@ -99,11 +253,11 @@ def sent() -> int:
     return 0
 
 
-def rank_main(folder: Path, rounds: int) -> None:
+def rank_main(folder: Path, what: str, rounds: int) -> None:
     """Be one rank: take steps by each way in turn, at each rate that the folder says."""
     torch.set_num_threads(1)
     mesh = bigtrain.init()
-    steps = ways(mesh)
+    steps = ways(mesh) if what == "wire" else collectives(mesh)
     draws = torch.Generator().manual_seed(mesh.rank)
     for rate in RATES:
         dist.barrier()
@@ -127,7 +281,7 @@ def rank_main(folder: Path, rounds: int) -> None:
     bigtrain.leave()
 
 
-def wire(rounds: int) -> None:
+def between_nodes(what: str, rounds: int, picture: str = "") -> None:
     from virtual_nodes import VirtualNodes, why_no_nodes
 
     if why := why_no_nodes():
@@ -136,7 +290,7 @@ def wire(rounds: int) -> None:
         folder = Path(name)
         nodes = VirtualNodes(folder / "nodes", NODES)
         try:
-            ranks = [start(nodes, folder, rank, rounds) for rank in range(NODES)]
+            ranks = [start(nodes, folder, rank, what, rounds) for rank in range(NODES)]
             for rate in RATES:
                 while not (folder / f"want-{rate}").exists():
                     if any(rank.poll() for rank in ranks):
@@ -149,73 +303,124 @@ def wire(rounds: int) -> None:
                         nodes.run(node, "tc", "qdisc", "del", "dev", "eth0", "root")
                 (folder / f"have-{rate}").touch()
             for rank in ranks:
-                rank.wait(600)
-            report(folder)
+                rank.wait(1800)
+            report(folder, what)
+            if picture:
+                draw_wire(folder, picture)
         finally:
             nodes.close()
 
 
-def start(nodes: Any, folder: Path, rank: int, rounds: int) -> subprocess.Popen[bytes]:
+def start(nodes: Any, folder: Path, rank: int, what: str, rounds: int) -> subprocess.Popen[bytes]:
     env = {
         **os.environ,
         **{"RANK": str(rank), "WORLD_SIZE": str(NODES), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
         **{"GROUP_RANK": str(rank), "MASTER_ADDR": nodes.address("n1"), "MASTER_PORT": "29500"},
         **{"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0", "TORCH_CPP_LOG_LEVEL": "ERROR"},
     }
-    words = [sys.executable, __file__, "rank", str(folder), str(rounds)]
+    words = [sys.executable, __file__, "rank", str(folder), what, str(rounds)]
     return subprocess.Popen([*nodes.inside(nodes.names[rank]), *words], env=env)
 
 
-def report(folder: Path) -> None:
-    numel = sum(p.numel() for p in model().parameters())
+def report(folder: Path, what: str) -> None:
+    numel = sum(p.numel() for p in model().parameters()) if what == "wire" else ELEMENTS
+    peers = PEERS[what]
     ideal = 2 * (NODES - 1) / NODES * 4 * numel
-    print(
-        f"{numel:,} parameters, {NODES} ranks; bytes beside {ideal / 1e6:.1f} MB of an all-reduce"
-    )
+    print(f"{numel:,} elements, {NODES} ranks; bytes beside {ideal / 1e6:.1f} MB of an all-reduce")
     for rate in RATES:
         found = json.loads((folder / f"found-{rate}.json").read_text())
         medians = {n: statistics.median(s for s, _ in values) for n, values in found.items()}
-        count = len(found["DDP fp32"])
-        print(f"\n{rate or 'not limited'}: median step of {count}, DDP's over it, bytes")
+        count = len(found[peers[0]])
+        print(f"\n{rate or 'not limited'}: median of {count}, {' and '.join(peers)} over it, bytes")
         for name, values in found.items():
             share = statistics.median(size for _, size in values) / ideal
-            ratios = [medians[peer] / medians[name] for peer in ("DDP fp32", "DDP fp16 hook")]
+            ratios = [medians[peer] / medians[name] for peer in peers]
             print(
-                f"  {name:22} {medians[name] * 1e3:8.0f} ms   fp32 {ratios[0]:5.2f}   "
-                f"fp16 hook {ratios[1]:5.2f}   bytes {share:.4f}"
+                f"  {name:24} {medians[name] * 1e3:8.0f} ms   {ratios[0]:6.2f}   "
+                f"{ratios[1]:6.2f}   bytes {share:.4f}"
             )
+
+
+def draw_wire(folder: Path, picture: str) -> None:
+    """Draw the time of a step against what a link may send."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    mbits = {"100mbit": 100, "300mbit": 300, "1gbit": 1000}
+    found = {rate: json.loads((folder / f"found-{rate}.json").read_text()) for rate in mbits}
+    for name, color in DRAWN.items():
+        seconds = [statistics.median(s for s, _ in found[rate][name]) for rate in mbits]
+        axes.plot(list(mbits.values()), seconds, "o-", color=color, label=name, linewidth=2)
+    axes.set(xscale="log", yscale="log", xlabel="Mbit/s of a node", ylabel="seconds of a step")
+    axes.set_xticks(list(mbits.values()), [str(value) for value in mbits.values()])
+    axes.set_yticks(ticks := [0.25, 0.5, 1, 2, 5], [str(value) for value in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_yticks([], minor=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(picture)
 
 
 # -- losses --------------------------------------------------------------------------------------
 
 
-def loss(steps: int, seeds: int) -> None:
-    """Print the validation losses of runs that differ by their compression alone."""
+def loss(width: int, steps: int, seeds: int, kinds: list[str], picture: str = "") -> None:
+    """Print the validation losses of runs that differ by their compression alone.
+
+    `policy` is default with messages that lose nothing: the variance as default has it.
+    """
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "parity"))
     from harness import run_ranks
 
-    gaps = []
-    for seed in range(seeds):
-        found = {}
-        for kind in ("none", "safe"):
-            with tempfile.TemporaryDirectory() as name:
-                args = (kind, seed, steps)
-                found[kind] = run_ranks(validate, 2, Path(name), args=args, timeout=7200)[0]
-        gaps.append(found["safe"] - found["none"])
-        print(f"seed {seed}: exact {found['none']:.4f}  safe {found['safe']:.4f}  {gaps[-1]:+.4f}")
-    print(f"mean gap {statistics.mean(gaps):+.4f} nats after {steps} steps")
+    found: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
+    for seed, kind in itertools.product(range(seeds), kinds):
+        with tempfile.TemporaryDirectory() as name:
+            args = (width, kind, seed, steps)
+            curve, began, numel = run_ranks(validate, 2, Path(name), args=args, timeout=36000)[0]
+        found[kind].append(curve)
+        print(
+            f"{numel:,} parameters, seed {seed}, {kind}: compressed from step {began} on; ", end=""
+        )
+        print(" ".join(f"{value:.4f}" for value in curve), flush=True)
+    for kind, curves in found.items():
+        print(f"{kind}: mean {statistics.mean(curve[-1] for curve in curves):.4f}")
+    if picture:
+        draw_loss(found, steps, picture)
 
 
-def validate(mesh: Mesh, kind: str, seed: int, steps: int) -> float:
-    """Train, and return the loss on text that was not trained on."""
+def draw_loss(found: dict[str, list[list[float]]], steps: int, picture: str) -> None:
+    """Draw the mean validation loss of each kind."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for kind, curves in found.items():
+        mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
+        where = [(number + 1) * steps // EVALUATIONS for number in range(len(mean))]
+        axes.plot(where, mean, "o-", label=kind, linewidth=2)
+    axes.set(xlabel="step", ylabel="validation loss, nats per byte")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(picture)
+
+
+def validate(
+    mesh: Mesh, width: int, kind: str, seed: int, steps: int
+) -> tuple[list[float], int | None, int]:
+    """Train; return losses on text that was not trained on, and when compression began."""
     files = sorted(Path(os.__file__).parent.glob("*.py"))
     text = torch.tensor(list(b"".join(path.read_bytes() for path in files)))
     train, held_out = text[: -len(text) // 10], text[-len(text) // 10 :]
     torch.manual_seed(seed)
-    net = GPT(VOCAB, LENGTH, 2, 128, 4)
-    section = CompressionSection(kind=kind, least_numel=4096) if kind != "none" else "none"
-    path = bigtrain.parallelize(net, mesh, compression=section, zero=1)
-    optimizer = bigtrain.AdamW(path)
+    net = GPT(VOCAB, LENGTH, 3, width, 8)
+    path = bigtrain.parallelize(net, mesh, compression=section_of(kind), zero=1)
+    if kind == "policy":
+        from parity_codecs import Lossless
+
+        path.sync.wire.up = path.sync.wire.down = Lossless()  # type: ignore[union-attr]
+    optimizer, curve, began = bigtrain.AdamW(path), [], None
     draws = torch.Generator().manual_seed(1000 * seed + mesh.rank)
 
     def windows(source: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -223,26 +428,42 @@ def validate(mesh: Mesh, kind: str, seed: int, steps: int) -> float:
         return source[starts + torch.arange(LENGTH + 1)]
 
     for number in range(steps):
-        window = windows(train, 8, draws)
+        window = windows(train, BATCH, draws)
         path.backward(net(window[:, :-1], window[:, 1:]))
         path.finish()
         norm = float(path.grad_norm())
         rate = 1e-3 * min(1.0, (number + 1) / 100) * (1 - 0.9 * number / steps)
         optimizer.step(rate, torch.tensor(max(1.0, norm)), path.publish)
         path.publish()
-    path.settle()
-    net.eval()
+        if began is None and path.progress and path.progress["phase"] == "compressed":
+            began = number + 1
+        if (number + 1) % max(1, steps // EVALUATIONS) == 0:
+            path.settle()
+            curve.append(evaluate(net, windows, held_out))
+    return curve, began, sum(p.numel() for p in net.parameters())
+
+
+def section_of(kind: str) -> CompressionSection:
+    if kind in ("default", "max", "policy"):
+        real: Any = "default" if kind == "policy" else kind
+        return CompressionSection(kind=real, least_numel=4096, when="always")
+    return CompressionSection(**({} if kind == "none" else {"kind": kind, "least_numel": 4096}))
+
+
+@torch.no_grad()
+def evaluate(net: GPT, windows: Callable[..., torch.Tensor], held_out: torch.Tensor) -> float:
     fixed = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        some = (windows(held_out, 32, fixed) for _ in range(16))
-        return statistics.mean(float(net(w[:, :-1], w[:, 1:])) for w in some)
+    some = (windows(held_out, 32, fixed) for _ in range(16))
+    return statistics.mean(float(net(w[:, :-1], w[:, 1:])) for w in some)
 
 
 if __name__ == "__main__":
     verb, *rest = sys.argv[1:] or ["wire"]
+    drawing = rest.pop() if rest and rest[-1].endswith(".png") else ""
     if verb == "rank":
-        rank_main(Path(rest[0]), int(rest[1]))
-    elif verb == "wire":
-        wire(int(rest[0]) if rest else 5)
+        rank_main(Path(rest[0]), rest[1], int(rest[2]))
+    elif verb in ("wire", "collective"):
+        between_nodes(verb, int(rest[0]) if rest else 5, drawing)
     else:
-        loss(*(int(n) for n in rest) if rest else (1000, 3))
+        width, steps, seeds = (int(n) for n in rest[:3])
+        loss(width, steps, seeds, rest[3:], drawing)
