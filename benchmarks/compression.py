@@ -67,12 +67,7 @@ def model(seed: int = 0) -> GPT:
 Step = Callable[[torch.Tensor], None]
 
 
-def ddp(hook: str) -> Step:
-    wrapped = DistributedDataParallel(model(), gradient_as_bucket_view=True)
-    if hook == "fp16":
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-
-        wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
+def stepping(wrapped: DistributedDataParallel) -> Step:
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3, fused=True)
 
     def step(window: torch.Tensor) -> None:
@@ -81,6 +76,15 @@ def ddp(hook: str) -> Step:
         optimizer.zero_grad()
 
     return step
+
+
+def ddp(hook: str) -> Step:
+    wrapped = DistributedDataParallel(model(), gradient_as_bucket_view=True)
+    if hook == "fp16":
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+        wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    return stepping(wrapped)
 
 
 def powersgd() -> Step:
@@ -92,14 +96,7 @@ def powersgd() -> Step:
         None, matrix_approximation_rank=4, start_powerSGD_iter=2, warm_start=True
     )
     wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3, fused=True)
-
-    def step(window: torch.Tensor) -> None:
-        wrapped(window[:, :-1], window[:, 1:]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return stepping(wrapped)
 
 
 class OneBitAdam:

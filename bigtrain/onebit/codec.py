@@ -85,11 +85,18 @@ class Codec(Protocol):
         """Move a copy of `replica` as its owner has; where a scale is NaN it becomes NaN."""
 
 
-class Steps:
-    """Moves replicas by what a message adds up to. What is kept is main - replica anyway."""
+class Common:
+    """What most codecs do: all elements go, what is kept is values, and replicas move by what a
+    message adds up to (of them, what is kept is main - replica anyway)."""
 
     def count(self, n: int) -> int:
         return n
+
+    def keep(self, rows: int, n: int, device: torch.device) -> Kept:
+        return Kept(torch.zeros(rows, n, device=device), None)
+
+    def residual(self, kept: Kept) -> torch.Tensor:
+        return kept.values
 
     def follow(self: Codec, main: torch.Tensor, replica: torch.Tensor, out: Pair) -> None:
         nothing = self.keep(1, main.numel(), main.device)
@@ -103,18 +110,12 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Codes:
+class Codes(Common):
     """Integers of 4 or 8 bits; the largest in a block is 7 or 127."""
 
     num_bits: int
     block: int
     kernels: Kernels = "auto"
-
-    def count(self, n: int) -> int:
-        return n
-
-    def keep(self, rows: int, n: int, device: torch.device) -> Kept:
-        return Kept(torch.zeros(rows, n, device=device), None)
 
     def pack(self, rows: torch.Tensor, kept: Kept, out: Sequence[Pair], gone: float) -> None:
         assert gone == 1.0, "a kernel takes off all that was sent"
@@ -128,9 +129,6 @@ class Codes:
                 out=pair,
                 kernels=self.kernels,
             )
-
-    def residual(self, kept: Kept) -> torch.Tensor:
-        return kept.values
 
     def add_up(self, pairs: Sequence[Pair], out: torch.Tensor, weight: float) -> None:
         dequantize_mean(
@@ -170,7 +168,7 @@ class Codes:
 
 
 @dataclass(frozen=True)
-class Signs(Steps):
+class Signs(Common):
     """One bit: a sign, of the root of its block's mean square."""
 
     block: int
@@ -210,7 +208,7 @@ class Signs(Steps):
 
 
 @dataclass(frozen=True)
-class Casts(Steps):
+class Casts(Common):
     """Numbers of another dtype, without scales. What it cannot hold becomes an infinity, for all to
     see; what is kept there stays as it is."""
 
@@ -221,18 +219,12 @@ class Casts(Steps):
     def num_bits(self) -> int:
         return 8 * self.dtype.itemsize
 
-    def keep(self, rows: int, n: int, device: torch.device) -> Kept:
-        return Kept(torch.zeros(rows, n, device=device), None)
-
     def pack(self, rows: torch.Tensor, kept: Kept, out: Sequence[Pair], gone: float) -> None:
         assert gone == 1.0, "all that was sent is taken off"
         for row, error, (_, data) in zip(rows, kept.values, out, strict=True):
             left = row + error
             left -= data.view(self.dtype).copy_(left)
             _keep_finite(left, error)
-
-    def residual(self, kept: Kept) -> torch.Tensor:
-        return kept.values
 
     def add_up(self, pairs: Sequence[Pair], out: torch.Tensor, weight: float) -> None:
         out.zero_()
@@ -242,7 +234,7 @@ class Casts(Steps):
 
 
 @dataclass(frozen=True)
-class TopK(Steps):
+class TopK(Common):
     """The largest elements of a row, `density` of them: places as int32, and values in bf16.
 
     What does not go is kept whole. A NaN and an infinity are larger than all else. Source: sparse
@@ -256,9 +248,6 @@ class TopK(Steps):
     def count(self, n: int) -> int:
         return max(1, math.ceil(self.density * n))
 
-    def keep(self, rows: int, n: int, device: torch.device) -> Kept:
-        return Kept(torch.zeros(rows, n, device=device), None)
-
     def pack(self, rows: torch.Tensor, kept: Kept, out: Sequence[Pair], gone: float) -> None:
         assert gone == 1.0, "all that was sent is taken off"
         for row, error, pair in zip(rows, kept.values, out, strict=True):
@@ -269,9 +258,6 @@ class TopK(Steps):
             places.copy_(chosen)
             left[chosen] -= values.copy_(left[chosen])
             _keep_finite(left, error)
-
-    def residual(self, kept: Kept) -> torch.Tensor:
-        return kept.values
 
     def add_up(self, pairs: Sequence[Pair], out: torch.Tensor, weight: float) -> None:
         out.zero_()

@@ -32,7 +32,6 @@ from bigtrain.comm.wire import Agree, Averages, Wire
 from bigtrain.errors import BigtrainError
 from bigtrain.onebit.codec import Codec, Signs
 from bigtrain.onebit.feedback import SPIKE, FeedbackWire
-from bigtrain.onebit.frame import Frame
 from bigtrain.onebit.switch import Clock, Phase, Switch
 from bigtrain.ops.grad_norm import grad_norm
 
@@ -286,7 +285,7 @@ class MomentumWire(FeedbackWire):
         began = time.perf_counter()
         self._measure(bucket, rows)
         kept = self.kept_of(bucket)
-        frame = Frame("momentum", bucket.index, 0, rows.shape[1], self.up.num_bits, self.up.block)
+        frame = self._framed("momentum", bucket.index, 0, rows.shape[1])
         messages = frame.messages(len(rows), rows.device)
         self.up.pack(rows, kept, [frame.open(message) for message in messages], 1 - self.beta)
         # Adding up takes about as long as packing, and so do updates.

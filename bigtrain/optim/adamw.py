@@ -43,7 +43,8 @@ class AdamW(Optimizer):
     ) -> None:
         given = segment.bucket.momentum is not None
         if given:
-            divisor = self._take_momentum(index, segment, divisor)
+            self._take_momentum(index, segment, divisor)
+            divisor = None
         adamw_(
             segment.main_params,
             segment.main_grads,

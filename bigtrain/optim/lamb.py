@@ -76,8 +76,10 @@ class LAMB(Optimizer):
             came[rows] |= given
             if given and segment.bucket.index in self._exact:
                 values[rows, 2] = self._norms(index, None, True)[:, 1].to(values.device)
-            stop = self._take_momentum(index, segment, divisor) if given else divisor
-            values[rows, :2] = self._norms(index, stop, given).to(values.device)
+            if given:
+                self._take_momentum(index, segment, divisor)
+            norms = self._norms(index, None if given else divisor, given)
+            values[rows, :2] = norms.to(values.device)
         values = self.path.sum_over_parts(values)
         self._lengths = torch.where(values[:, 2] > 0, values[:, 2], self._lengths)
         if divisor is None or bool(divisor.isfinite()):

@@ -103,13 +103,10 @@ class Optimizer(ABC):
     def _of(self, bucket: Bucket) -> list[tuple[int, Segment]]:
         return [(i, segment) for i, segment in enumerate(self.segments) if segment.bucket is bucket]
 
-    def _take_momentum(
-        self, index: int, segment: Segment, divisor: torch.Tensor | None
-    ) -> torch.Tensor | None:
+    def _take_momentum(self, index: int, segment: Segment, divisor: torch.Tensor | None) -> None:
         """Take the first moment as it came, and the second one's share of the gradient, if any.
 
-        Returns what is left to divide by: nothing. (A divisor that forbids the update leaves no
-        momentum to take.)
+        Nothing is left to divide by. (A divisor that forbids the update leaves no momentum.)
         """
         momentum = segment.bucket.momentum
         assert momentum is not None
@@ -120,10 +117,9 @@ class Optimizer(ABC):
             square.mul_(momentum.decay).addcmul_(gradient, gradient, value=1 - momentum.decay)
         if momentum.fades is not None:
             mean.mul_(momentum.fades)
-            return None
+            return
         mean.copy_(segment.main_grads)
         self._bound(index)
-        return None
 
     def _bound(self, index: int) -> None:
         """Hold a first moment that came in few bits to what it can be beside the second.
