@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ _PR_SET_PDEATHSIG = 1
 _MOST_TEXT_BYTES = 10_000  # JSON makes at most 6 of each; a pipe takes 64 KiB unread
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _HEARD = (*STOP_SIGNALS, signal.SIGUSR1)  # what Slurm is asked to send before time is up
+_ONE_REQUEST_SECONDS = 1.0  # a terminal and the launcher both send it
 
 
 class Interrupted(KeyboardInterrupt):
@@ -38,6 +40,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.finishing = False
+        self._raised = -math.inf
         self.patient = os.environ.get("BIGTRAIN_PATIENT") == "1"
         for number in _HEARD:
             signal.signal(number, self._on_signal)
@@ -47,7 +50,10 @@ class StopRequest:
         again = self.signal is not None
         number = signal.SIGTERM if number == signal.SIGUSR1 else number
         self.signal = number
-        if not self.finishing or (again and not self.patient):
+        since = time.monotonic() - self._raised
+        at_once = not self.finishing or (again and not self.patient)
+        if at_once and since > _ONE_REQUEST_SECONDS:  # else it would interrupt the ending
+            self._raised = time.monotonic()
             raise Interrupted(number)
 
 
@@ -76,8 +82,9 @@ def report_success() -> None:
 def report_failure(error: BaseException) -> int:
     """Tell the launcher, or the user if there is none, why this rank ends; return its exit code.
 
-    Errors made for the user have no traceback; all others do.
+    Errors made for the user have no traceback; all others do. Signals are not heard any more.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
     at_once = isinstance(error, KeyboardInterrupt)
     if isinstance(error, KeyboardInterrupt):
         number = getattr(error, "signal_number", signal.SIGINT)

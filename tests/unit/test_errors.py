@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,6 +94,13 @@ def report(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], dict]]:
     os.close(write)
 
 
+@pytest.fixture(autouse=True)
+def _signals_are_heard_again() -> Iterator[None]:
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "consequence", "orderly"),
     [
@@ -151,3 +160,27 @@ def test_launcher_that_is_gone(
     monkeypatch.setenv("BIGTRAIN_REPORT_FD", descriptor)
     assert report_failure(errors.DataError("no file")) == 1
     assert "no file" in capsys.readouterr().err
+
+
+REPEATED = """
+import os, signal, sys
+from bigtrain.lifetime import Interrupted, StopRequest, report_failure
+StopRequest()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except Interrupted as error:
+    os.kill(os.getpid(), signal.SIGTERM)  # by another way, before it is told
+    code = report_failure(error)
+    os.kill(os.getpid(), signal.SIGINT)
+    sys.exit(code)
+"""
+
+
+def test_a_request_that_comes_again_while_it_is_told() -> None:
+    """A terminal sends it to all processes, the launcher passes it on."""
+    env = {name: value for name, value in os.environ.items() if name != "BIGTRAIN_REPORT_FD"}
+    done = subprocess.run(
+        [sys.executable, "-c", REPEATED], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "error on rank 0: stopped by SIGINT; nothing was left to save\n"
