@@ -192,7 +192,7 @@ def _path(
 ) -> GradientPath:
     """Put what this rank trains into buckets, equal on all ranks that hold it."""
     holders = {cut.holders[n] for t, n in cut.names.items() if _is_param(t)}
-    sharings = _sharings(mesh, zero, compression, holders, dtype)
+    sharings = _sharings(mesh, zero, compression, holders)
     own = {*model.parameters(), *model.buffers()}
     names = {tensor: name for tensor, name in cut.names.items() if tensor in own}
     wanted = [
@@ -246,7 +246,6 @@ def _sharings(
     zero: ZeroSection,
     compression: CompressionSection,
     holders: Set[tuple[int, ...]],
-    dtype: torch.dtype,
 ) -> Sharings:
     """Return how parameters are shared out, and by what they travel."""
     plain = make_wire(zero.reduce_dtype)
@@ -255,7 +254,7 @@ def _sharings(
     if compression.kind == "none" or mesh.dp.degree in (1, compression.node_degree):
         return Sharings(mesh, zero, holders, plain)  # there is no way across
 
-    _refuse_with_compression(compression.kind, zero, dtype)
+    _refuse_with_compression(compression.kind, zero)
 
     def compresses(param: torch.Tensor, shard: Shard) -> bool:
         # What several ranks hold beside data-parallel ones must stay equal there, bit for bit.
@@ -307,10 +306,9 @@ def _warn_of_nodes(mesh: Mesh, node: Axis) -> None:
         )
 
 
-def _refuse_with_compression(kind: str, zero: ZeroSection, dtype: torch.dtype) -> None:
+def _refuse_with_compression(kind: str, zero: ZeroSection) -> None:
     """Refuse what a config is refused for (config/check.py), for loops of one's own."""
     refused = {
-        "dtype=float16": (dtype is torch.float16, "what was lost is in units of the loss scale"),
         "zero.offload": (zero.offload != "none", "main parameters must be where parameters are"),
         "zero.reduce_dtype=int8": (zero.reduce_dtype == "int8", "what must be exact would not be"),
         "zero.shard_degree": (

@@ -183,6 +183,7 @@ class Trainer:
         begin = time.perf_counter()
         nominal = self.config.train.global_batch * self.source.items_per_sample
         scale = self.loss_scale.scale
+        self.path.rescale(scale)
         totals = torch.zeros(4, dtype=torch.float64, device=self.mesh.device)
         micros = Microbatches(self._next_microbatch, self.num_microbatches)
         losses: dict[int, torch.Tensor] = {}

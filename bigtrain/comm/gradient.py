@@ -302,6 +302,12 @@ class GradientPath:
         if wire is not None and wire.keeps:
             wire.divided(self.buckets, 1.0 if divisor is None else float(divisor))
 
+    def rescale(self, scale: float) -> None:
+        """Note by what losses are multiplied from the next backward on, so that small gradients are
+        not zero in fp16. At first it is 1. On all ranks alike; communicates nothing."""
+        if self.sync.wire is not None:
+            self.sync.wire.rescale(self.buckets, scale)
+
     def errors(self) -> Iterator[tuple[Segment, torch.Tensor]]:
         """Yield what all ranks together keep of each segment for later, where a wire does."""
         for bucket in self.buckets:

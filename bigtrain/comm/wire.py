@@ -83,6 +83,9 @@ class Wire(Protocol):
     def divided(self, buckets: Sequence[Bucket], divisor: float) -> None:
         """Note by what the gradient of this step is divided, before it is used."""
 
+    def rescale(self, buckets: Sequence[Bucket], scale: float) -> None:
+        """Note that losses, and so gradients, are multiplied by `scale` from now on; 1 at first."""
+
     def publish(self, bucket: Bucket, nodes: Nodes) -> Pending[torch.Tensor]:
         """Begin to bring the owners' new parameters to all ranks, once they have updated them."""
 
@@ -90,7 +93,8 @@ class Wire(Protocol):
         """Gather at each owner what ranks keep of its block; the next publish is exact."""
 
     def kept(self, bucket: Bucket) -> torch.Tensor | None:
-        """Return what all ranks together keep of this rank's block [n], after `consolidate`."""
+        """Return what all ranks together keep of this rank's block [n], after `consolidate`, in
+        units of gradients of a scale of 1."""
 
     def restore(self, bucket: Bucket, kept: torch.Tensor | None) -> None:
         """Keep that of this rank's block, and nothing of others; the next publish is exact."""
@@ -140,6 +144,9 @@ class PlainWire:
         return None
 
     def divided(self, buckets: Sequence[Bucket], divisor: float) -> None:
+        pass
+
+    def rescale(self, buckets: Sequence[Bucket], scale: float) -> None:
         pass
 
     def publish(self, bucket: Bucket, nodes: Nodes) -> Pending[torch.Tensor]:

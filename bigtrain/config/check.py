@@ -438,13 +438,6 @@ def _compression(config: Config, world_size: int | None) -> Iterator[Problem]:
     if kind in MOMENTUM:
         yield from _momentum(config)
     yield from _nodes(config, world_size or fixed_world_size(config))
-    if config.train.precision == "fp16":
-        yield Problem(
-            f"compression.kind = {kind} with train.precision = fp16",
-            why="what was lost is in units of the loss scale, which changes",
-            mend="set train.precision=bf16 or fp32, or compression.kind=none",
-            keys=(name, "train.precision"),
-        )
     if config.zero.offload != "none":
         yield Problem(
             f"compression.kind = {kind} with zero.offload = {config.zero.offload}",

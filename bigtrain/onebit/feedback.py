@@ -48,6 +48,7 @@ class FeedbackWire:
         self._turns: dict[tuple[str, int], int] = {}  # messages of a bucket, both ways
         self._since: dict[int, int] = {}  # publishes since the one that was exact
         self._divisor: float | None = None  # of the last gradient
+        self._scale = 1.0  # of the losses, and so of what is kept
 
     def bytes_per_element(self, bucket: Bucket) -> float:
         if not bucket.sharing.compressed:
@@ -129,6 +130,16 @@ class FeedbackWire:
                 if bucket.sharing.compressed:
                     self.kept_of(bucket).scale(before / divisor)
 
+    def rescale(self, buckets: Sequence[Bucket], scale: float) -> None:
+        factor, self._scale = scale / self._scale, scale
+        if factor == 1.0:
+            return
+        for bucket in buckets:
+            if bucket.sharing.compressed:
+                self.kept_of(bucket).scale(factor)
+        if self._divisor is not None:
+            self._divisor *= factor
+
     # -- parameters ----------------------------------------------------------------------------
 
     def publish(self, bucket: Bucket, nodes: Nodes) -> Pending[torch.Tensor]:
@@ -198,13 +209,14 @@ class FeedbackWire:
         reduce-scatter of fp32.
         """
         if bucket.sharing.compressed:
-            self.restore(bucket, self.total_errors(bucket).clone())
+            self.restore(bucket, self.total_errors(bucket) / self._scale)
 
     def kept(self, bucket: Bucket) -> torch.Tensor | None:
         if not bucket.sharing.compressed:
             return None
         across = bucket.sharing.nodes.across
-        return self.errors(bucket).view(across.degree, -1)[across.rank]
+        mine = self.errors(bucket).view(across.degree, -1)[across.rank]
+        return mine if self._scale == 1.0 else mine / self._scale
 
     def restore(self, bucket: Bucket, kept: torch.Tensor | None) -> None:
         if not bucket.sharing.compressed:
@@ -213,7 +225,7 @@ class FeedbackWire:
         mine = self.kept_of(bucket)
         mine.set(0.0)
         if kept is not None:
-            mine.values[bucket.sharing.nodes.across.rank].copy_(kept)
+            mine.values[bucket.sharing.nodes.across.rank].copy_(kept).mul_(self._scale)
         self._since[bucket.index] = 0
 
     def abandon(self, bucket: Bucket) -> None:

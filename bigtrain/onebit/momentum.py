@@ -217,6 +217,10 @@ class MomentumWire(FeedbackWire):
                 kept.set(rest * ratio + sent * (1 - ratio))
         self._expected = self._expected * SPIKE if spike else divisor
 
+    def rescale(self, buckets: Sequence[Bucket], scale: float) -> None:
+        self._expected *= scale / self._scale
+        super().rescale(buckets, scale)
+
     def _sent_of(self, bucket: Bucket) -> torch.Tensor:
         """Return the rows of this step's gradients that this rank has sent, as they were."""
         return leaving(bucket.open_grads(), bucket.sharing.nodes)
@@ -383,7 +387,7 @@ class MomentumWire(FeedbackWire):
     def progress(self) -> dict[str, Any] | None:
         rate = self._averages.rate if self._averages is not None else 0.0
         rest = {
-            "expected": self._expected,
+            "expected": self._expected / self._scale,
             "together": self._together,
             "senders": self.senders,
             "rate": rate,
@@ -394,7 +398,8 @@ class MomentumWire(FeedbackWire):
     def progress(self, saved: dict[str, Any] | None) -> None:
         if saved is not None:
             saved = dict(saved)
-            self._expected, self._together = saved.pop("expected"), saved.pop("together")
+            self._expected = saved.pop("expected") * self._scale
+            self._together = saved.pop("together")
             self.averages.rate = saved.pop("rate")  # so that the next one does not seem to rise
             self._divisor = None
             senders = saved.pop("senders")
