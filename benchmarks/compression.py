@@ -228,7 +228,7 @@ def one_bucket(mesh: Mesh, kind: str) -> Step:
     for bucket in path.buckets:
         bucket.open_grads().normal_()
     if kind != "safe":
-        path.sync.wire.switch.begin("compressed")  # type: ignore[union-attr]
+        path.sync.ledger.switch.begin("compressed")  # type: ignore[union-attr]
 
     def step(_: torch.Tensor) -> None:
         for bucket in path.buckets:
@@ -416,7 +416,7 @@ def validate(
     if kind == "policy":
         from parity_codecs import Lossless
 
-        path.sync.wire.up = path.sync.wire.down = Lossless()  # type: ignore[union-attr]
+        path.sync.ledger.up = path.sync.ledger.down = Lossless()  # type: ignore[union-attr]
     optimizer, curve, began = bigtrain.AdamW(path), [], None
     draws = torch.Generator().manual_seed(1000 * seed + mesh.rank)
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
 from typing import Any, TypeGuard, get_args
 
 import torch
@@ -20,7 +21,7 @@ from bigtrain.comm.p2p import Links
 from bigtrain.comm.transport import over_mpi
 from bigtrain.config.schema import CompressionKind, CompressionSection, ZeroSection
 from bigtrain.errors import BigtrainError
-from bigtrain.onebit.kinds import packing_wire
+from bigtrain.onebit.kinds import packing_wire, published
 from bigtrain.ops.dropout import number_dropout
 from bigtrain.optim import WHOLE_KINDS, KindOf, decay_kind, known_kind
 from bigtrain.pipeline.run import Pipeline
@@ -209,7 +210,7 @@ def _path(
     ]
     # Buckets leave in the reverse of this order: last what stages share, which comes last in
     # backward, and before it what goes exactly beside compressed ones, which would cut these up.
-    wanted.sort(key=lambda w: (len(cut.holders[w.name]) == 1, w.sharing.compressed))
+    wanted.sort(key=lambda w: (len(cut.holders[w.name]) == 1, w.sharing.in_few_bits))
     memory = state_memory(zero.offload, zero.offload_dir, mesh.device)
     buckets = build_buckets(
         wanted, bucket_mb=bucket_mb, dtype=dtype, new_state=memory, uncut=WHOLE_KINDS
@@ -261,6 +262,10 @@ def _sharings(
         large = len(shard.shape) > 1 and math.prod(shard.shape) >= compression.least_numel
         return large and shard.num_replicas == 1
 
+    if compression.kind in ("onebit", "zero_one"):
+        _refuse_with_published(compression, zero)
+        strategy = partial(published, section=compression)
+        return Sharings(mesh, zero, holders, plain, compresses, replicated=strategy)
     senders = mesh.dp.degree // compression.node_degree
     wire = packing_wire(plain, make_wire("bf16"), compression, senders)
     # Somebody must own what all others get by deltas.
@@ -321,6 +326,22 @@ def _refuse_with_compression(kind: str, zero: ZeroSection) -> None:
             raise BigtrainError(
                 f"compression={kind} with {what}", why=why, mend=f"leave out {what}, or compression"
             )
+
+
+def _refuse_with_published(compression: CompressionSection, zero: ZeroSection) -> None:
+    if zero.stage:
+        raise BigtrainError(
+            f"compression={compression.kind} with zero={zero.stage}",
+            why="every rank needs all of the momentum and the variance, so none can be shared out",
+            mend="use compression=default or max, or leave out zero",
+        )
+    if compression.node_degree > 1 or compression.transport != "group":
+        raise BigtrainError(
+            f"compression={compression.kind} with node_degree={compression.node_degree}, "
+            f"transport={compression.transport}",
+            why="it is between ranks that have everything, by the process group",
+            mend="use compression=default or max, or leave these out",
+        )
 
 
 def _is_param(tensor: torch.Tensor) -> TypeGuard[nn.Parameter]:

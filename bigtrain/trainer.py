@@ -103,7 +103,8 @@ class Trainer:
         else:
             pipeline = self._native()
             path = pipeline.path
-            optimizer = build_optimizer(path, config.optimizer, config.run.kernels)
+            kind = config.compression.kind
+            optimizer = build_optimizer(path, config.optimizer, config.run.kernels, kind)
             self.pipeline, self.path, self.optimizer = pipeline, path, optimizer
             self.state = NativeState(self.model, path, optimizer, mesh.dp)
             self.memory = predict_memory(pipeline, optimizer, config.zero, self.num_microbatches)
@@ -454,7 +455,7 @@ class Trainer:
         """Return which share of what this rank trains travels in few bits."""
         buckets = self.path.buckets if isinstance(self.path, GradientPath) else []
         numel = sum(bucket.numel for bucket in buckets)
-        return sum(b.numel for b in buckets if b.sharing.compressed) / max(1, numel)
+        return sum(b.numel for b in buckets if b.sharing.in_few_bits) / max(1, numel)
 
     def check_replicas(self) -> None:
         """Compare, bit for bit, what several ranks hold: parameters and optimizer state.

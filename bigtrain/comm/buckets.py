@@ -76,10 +76,15 @@ class Sharing:
     own_grads: bool = False
 
     @classmethod
-    def none(cls, axis: Axis) -> Sharing:
+    def none(cls, axis: Axis, *, own_grads: bool = False) -> Sharing:
         """Return that every rank of `axis` has everything."""
         alone = Axis.of(None, axis.name)
-        return cls(axis, alone, axis, Nodes.apart(alone))
+        return cls(axis, alone, axis, Nodes.apart(alone), own_grads=own_grads)
+
+    @property
+    def in_few_bits(self) -> bool:
+        """May what travels lose something?"""
+        return self.compressed or self.own_grads
 
 
 @dataclass
@@ -88,12 +93,14 @@ class Momentum:
 
     fades: where what came is no good, the mean of the step before is multiplied by that instead.
     gradient: of this step alone [n], undivided, where the second moment is to take it up; what that
-    moment keeps of itself is `decay` then. Without, it stays as it is.
+    moment keeps of itself is `decay` then. Without, it stays as it is. rate: of this update, where
+    it is that of several steps.
     """
 
     fades: float | None = None
     gradient: torch.Tensor | None = None
     decay: float = 1.0
+    rate: float | None = None
 
 
 @dataclass(eq=False)

@@ -251,9 +251,9 @@ class GradientPath:
             self._review()
 
     def _review(self) -> None:
-        wire, stepped, self._to_review = self.sync.wire, self._to_review, False
-        if wire is not None:
-            wire.review(self.buckets, self._sum_over_all, self.device, stepped=stepped)
+        ledger, stepped, self._to_review = self.sync.ledger, self._to_review, False
+        if ledger is not None:
+            ledger.review(self.buckets, self._sum_over_all, self.device, stepped=stepped)
 
     def settle(self) -> None:
         """Return when nothing is on the wire any more, once the last step is published."""
@@ -267,8 +267,8 @@ class GradientPath:
         self.sync.finish()
         self._state, self._to_review = _State.IDLE, False
         for bucket in self.buckets:
-            if self.sync.wire is not None:
-                self.sync.wire.abandon(bucket)
+            if self.sync.ledger is not None:
+                self.sync.ledger.abandon(bucket)
             bucket.grads = None if bucket.sharing.sharded_grads else bucket.grads
         self._buffers.restore()
 
@@ -276,42 +276,42 @@ class GradientPath:
         """Bring to owners what ranks keep of gradients for later, and exact parameters to all.
 
         All ranks call it before they save; the run that goes on and the one that resumes then do
-        the same. Communicates only where a wire keeps something.
+        the same. Communicates only where a ledger keeps something.
         """
-        wire = self.sync.wire
-        if wire is not None and wire.keeps:
+        ledger = self.sync.ledger
+        if ledger is not None and ledger.keeps:
             self.settle()  # of the last step; what is published next would take its place
             for bucket in self.buckets:
                 self._take_up_changes(bucket)
-                wire.consolidate(bucket)
+                ledger.consolidate(bucket)
             self.publish()
             self.settle()
 
     def updated_by(self, averages: Averages) -> None:
         """Take note of the optimizer that will update what this path brings."""
-        if self.sync.wire is not None:
-            self.sync.wire.updated_by(averages)
+        if self.sync.ledger is not None:
+            self.sync.ledger.updated_by(averages)
 
     def divided(self, divisor: torch.Tensor | None) -> None:
         """Note by what the optimizer divides the gradient of this step, before it does.
 
-        What a wire has kept of a gradient that is too long is as much too long. Looks at the
-        number, which waits for a GPU, only where a wire keeps something.
+        What a ledger has kept of a gradient that is too long is as much too long. Looks at the
+        number, which waits for a GPU, only where a ledger keeps something.
         """
-        wire = self.sync.wire
-        if wire is not None and wire.keeps:
-            wire.divided(self.buckets, 1.0 if divisor is None else float(divisor))
+        ledger = self.sync.ledger
+        if ledger is not None and ledger.keeps:
+            ledger.divided(self.buckets, 1.0 if divisor is None else float(divisor))
 
     def rescale(self, scale: float) -> None:
         """Note by what losses are multiplied from the next backward on, so that small gradients are
         not zero in fp16. At first it is 1. On all ranks alike; communicates nothing."""
-        if self.sync.wire is not None:
-            self.sync.wire.rescale(self.buckets, scale)
+        if self.sync.ledger is not None:
+            self.sync.ledger.rescale(self.buckets, scale)
 
     def errors(self) -> Iterator[tuple[Segment, torch.Tensor]]:
-        """Yield what all ranks together keep of each segment for later, where a wire does."""
+        """Yield what all ranks together keep of each segment for later, where a ledger does."""
         for bucket in self.buckets:
-            kept = self.sync.wire.kept(bucket) if self.sync.wire is not None else None
+            kept = self.sync.ledger.kept(bucket) if self.sync.ledger is not None else None
             if kept is not None:
                 for segment in bucket.segments():
                     yield segment, segment.of(kept)
@@ -319,23 +319,23 @@ class GradientPath:
     def restore(self, errors: Mapping[Bucket, torch.Tensor]) -> None:
         """Keep what was saved of each bucket's block; of others nothing."""
         for bucket in self.buckets:
-            if self.sync.wire is not None:
-                self.sync.wire.restore(bucket, errors.get(bucket))
+            if self.sync.ledger is not None:
+                self.sync.ledger.restore(bucket, errors.get(bucket))
 
     @property
     def progress(self) -> dict[str, Any] | None:
-        """What the wire must know to go on in the same way, beside `errors`.
+        """What the ledger must know to go on in the same way, beside `errors`.
 
         A path that compresses nothing passes on what it was given.
         """
-        wire = self.sync.wire
-        return wire.progress if wire is not None and wire.keeps else self._progress
+        ledger = self.sync.ledger
+        return ledger.progress if ledger is not None and ledger.keeps else self._progress
 
     @progress.setter
     def progress(self, saved: dict[str, Any] | None) -> None:
         self._progress = saved
-        if self.sync.wire is not None:
-            self.sync.wire.progress = saved
+        if self.sync.ledger is not None:
+            self.sync.ledger.progress = saved
 
     def replicas(self) -> Iterator[NamedBlock]:
         """Yield what ranks compute with, where it is not the main parameters, as named blocks."""
@@ -362,7 +362,7 @@ class GradientPath:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         segments: list[Segment] = []
         for bucket in self.buckets:
-            squares = self.sync.wire.squares(bucket) if self.sync.wire is not None else None
+            squares = self.sync.ledger.squares(bucket) if self.sync.ledger is not None else None
             if squares is not None:
                 total += squares
             else:

@@ -16,7 +16,7 @@ from torch import nn
 from bigtrain.comm.buckets import Bucket
 from bigtrain.comm.collectives import Pending, start_all_reduce
 from bigtrain.comm.mesh import Axis
-from bigtrain.comm.wire import Wire
+from bigtrain.comm.wire import Ledger
 
 Passage = Literal["forward", "backward", "inputs", "weights", "evaluation"]
 
@@ -33,8 +33,8 @@ class GradientSync(Protocol):
     axis: Axis
 
     @property
-    def wire(self) -> Wire | None:
-        """What carries the buckets that are shared out, if any are."""
+    def ledger(self) -> Ledger | None:
+        """What is kept of buckets between steps, if there may be anything."""
 
     def attach(self, model: nn.Module, buckets: Sequence[Bucket]) -> None:
         """Begin to look after `buckets`, which are all that there are, frozen ones too."""
@@ -76,7 +76,7 @@ class Replicated:
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
-        self.wire: Wire | None = None
+        self.ledger: Ledger | None = None
         self._pending: list[Pending[torch.Tensor]] = []
 
     def attach(self, model: nn.Module, buckets: Sequence[Bucket]) -> None:

@@ -38,17 +38,14 @@ class Averages(Protocol):
         """Return the sum of the second moment over this rank's block, a scalar."""
 
 
-class Wire(Protocol):
-    """Carries a bucket's gradients to their owners, who add them up, and new parameters back.
+class Ledger(Protocol):
+    """What a strategy keeps of gradients between steps, and what it must know of each.
 
-    All ranks of an axis call it for the same buckets in the same order. It is between nodes: what
-    it sends was added up on this rank's node (`Sharing.nodes`; often a rank is a node of its own).
-    What it keeps of a bucket between steps (errors that are not sent yet) is of this rank alone,
-    until `consolidate`.
+    What it keeps of a bucket (errors that are not sent yet) is of this rank alone, until
+    `consolidate`. All ranks of an axis call it for the same buckets in the same order.
     """
 
     keeps: bool  # anything between steps
-    once_a_step: bool  # of what is compressed: are gradients of a whole step needed together?
 
     def bytes_per_element(self, bucket: Bucket) -> float:
         """Return the bytes of an element of the gradient on the wire."""
@@ -58,21 +55,6 @@ class Wire(Protocol):
 
     def bytes_kept(self, bucket: Bucket) -> int:
         """Return the bytes that are kept between steps."""
-
-    def leave(self, bucket: Bucket, rows: torch.Tensor, axis: Axis) -> Pending[list[torch.Tensor]]:
-        """Begin to send each rank its row of the gradients; the result is what came from all.
-
-        rows: [axis.degree, n], a view of the bucket's gradients; padding is zero. axis: across
-        nodes.
-        """
-
-    def add_up(
-        self, bucket: Bucket, arrived: Sequence[torch.Tensor], out: torch.Tensor, *, first: bool
-    ) -> None:
-        """Let `out` [n] be the sum of what has arrived, or, if not `first`, add it to `out`.
-
-        It may be the mean of the gradient that an optimizer wants: `bucket.momentum` says so.
-        """
 
     def squares(self, bucket: Bucket) -> torch.Tensor | None:
         """Return what this rank adds to the sum of squares of the gradient, a scalar in fp64.
@@ -85,9 +67,6 @@ class Wire(Protocol):
 
     def rescale(self, buckets: Sequence[Bucket], scale: float) -> None:
         """Note that losses, and so gradients, are multiplied by `scale` from now on; 1 at first."""
-
-    def publish(self, bucket: Bucket, nodes: Nodes) -> Pending[torch.Tensor]:
-        """Begin to bring the owners' new parameters to all ranks, once they have updated them."""
 
     def consolidate(self, bucket: Bucket) -> None:
         """Gather at each owner what ranks keep of its block; the next publish is exact."""
@@ -106,7 +85,7 @@ class Wire(Protocol):
         """Take note of the optimizer.
 
         Raises:
-            BigtrainError: it cannot update from what this wire brings.
+            BigtrainError: it cannot update from what comes.
         """
 
     def review(
@@ -124,6 +103,34 @@ class Wire(Protocol):
 
     @progress.setter
     def progress(self, saved: dict[str, Any] | None) -> None: ...
+
+
+class Wire(Ledger, Protocol):
+    """Carries a bucket's gradients to their owners, who add them up, and new parameters back.
+
+    It is between nodes: what it sends was added up on this rank's node (`Sharing.nodes`; often a
+    rank is a node of its own).
+    """
+
+    once_a_step: bool  # of what is compressed: are gradients of a whole step needed together?
+
+    def leave(self, bucket: Bucket, rows: torch.Tensor, axis: Axis) -> Pending[list[torch.Tensor]]:
+        """Begin to send each rank its row of the gradients; the result is what came from all.
+
+        rows: [axis.degree, n], a view of the bucket's gradients; padding is zero. axis: across
+        nodes.
+        """
+
+    def add_up(
+        self, bucket: Bucket, arrived: Sequence[torch.Tensor], out: torch.Tensor, *, first: bool
+    ) -> None:
+        """Let `out` [n] be the sum of what has arrived, or, if not `first`, add it to `out`.
+
+        It may be the mean of the gradient that an optimizer wants: `bucket.momentum` says so.
+        """
+
+    def publish(self, bucket: Bucket, nodes: Nodes) -> Pending[torch.Tensor]:
+        """Begin to bring the owners' new parameters to all ranks, once they have updated them."""
 
 
 class PlainWire:

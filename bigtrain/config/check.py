@@ -359,26 +359,29 @@ def _zero(config: Config, world_size: int | None) -> Iterator[Problem]:
 
 
 MOMENTUM: tuple[CompressionKind, ...] = ("default", "max")
+PUBLISHED: tuple[CompressionKind, ...] = ("onebit", "zero_one")
 COMPRESSED: tuple[CompressionKind, ...] = tuple(k for k in get_args(CompressionKind) if k != "none")
-MESSAGES = tuple(k for k in COMPRESSED if k != "powersgd")
+OWNED = tuple(k for k in COMPRESSED if k not in PUBLISHED)  # owners update, others follow
+MESSAGES = tuple(k for k in OWNED if k != "powersgd")
 # The kinds of compression that a key is for, and of what it speaks that others do not have.
 COMPRESSION_KEYS: dict[str, tuple[tuple[CompressionKind, ...], str]] = {
     "node_degree": (
         MESSAGES,
-        "it needs whole matrices, and ranks of a node send a part each",
+        "it is between ranks that have everything",
     ),
-    "block": (("safe", "int8", *MOMENTUM), "no elements share a scale"),
+    "block": (("safe", "int8", *MOMENTUM, *PUBLISHED), "no elements share a scale"),
     "transport": (
         MESSAGES,
-        "it sends no messages, but adds up matrices in collectives",
+        "what it sends goes by the process group alone",
     ),
     "least_numel": (COMPRESSED, ""),
-    "resync_every": (COMPRESSED, ""),
-    "warmup_steps": (MOMENTUM, "it compresses from the first step on"),
+    "resync_every": (OWNED, "no parameters travel"),
+    "warmup_steps": ((*MOMENTUM, "onebit"), "it compresses from the first step on"),
     "refresh_every": (MOMENTUM, "it compresses gradients, not momentum"),
-    "when": (MOMENTUM, "it compresses from the first step on"),
+    "when": (MOMENTUM, "it does not see whether that pays"),
     "density": (("topk",), "it sends something of every element"),
     "rank": (("powersgd",), "it does not look at gradients as matrices"),
+    "local_steps": (("zero_one",), "ranks meet in every step"),
 }
 
 
@@ -396,6 +399,13 @@ def _idle_compression_keys(section: CompressionSection) -> Iterator[Problem]:
 
 def _momentum(config: Config) -> Iterator[Problem]:
     kind, name = config.compression.kind, "compression.kind"
+    if kind == "zero_one" and config.optimizer.kind == "lamb":
+        yield Problem(
+            "compression.kind = zero_one with optimizer.kind = lamb",
+            why="the length of a step would be another on each rank",
+            mend="set optimizer.kind=adamw, or compression.kind=onebit",
+            keys=("optimizer.kind", name),
+        )
     if config.optimizer.kind not in ("adamw", "lamb"):
         yield Problem(
             f"compression.kind = {kind} with optimizer.kind = {config.optimizer.kind}",
@@ -409,6 +419,32 @@ def _momentum(config: Config) -> Iterator[Problem]:
             why="without a mean over steps, signs of gradients are what is left",
             mend="set optimizer.betas=[0.9, 0.95], or compression.kind=safe",
             keys=("optimizer.betas", name),
+        )
+
+
+def _published(config: Config) -> Iterator[Problem]:
+    kind, name = config.compression.kind, "compression.kind"
+    if config.zero.stage:
+        yield Problem(
+            f"compression.kind = {kind} with zero.stage = {config.zero.stage}",
+            why="every rank needs all of the momentum and the variance, so none can be shared out",
+            mend="set compression.kind=default or max, or remove zero.stage",
+            keys=(name, "zero.stage"),
+        )
+    if config.zero.reduce_dtype != "fp32":
+        yield Problem(
+            f"compression.kind = {kind} with zero.reduce_dtype = {config.zero.reduce_dtype}",
+            why="there are no owners that gradients would be sent to",
+            mend="remove zero.reduce_dtype",
+            keys=("zero.reduce_dtype", name),
+        )
+    local = kind == "zero_one" and config.compression.local_steps > 1
+    if local and config.parallel.check_replicas_every:
+        yield Problem(
+            "compression.kind = zero_one with parallel.check_replicas_every",
+            why="between exchanges ranks go their own ways, and are not alike",
+            mend="set compression.local_steps=1, or parallel.check_replicas_every=0",
+            keys=("parallel.check_replicas_every", name),
         )
 
 
@@ -435,8 +471,10 @@ def _compression(config: Config, world_size: int | None) -> Iterator[Problem]:
     kind = section.kind
     if kind == "none":
         return
-    if kind in MOMENTUM:
+    if kind in (*MOMENTUM, *PUBLISHED):
         yield from _momentum(config)
+    if kind in PUBLISHED:
+        yield from _published(config)
     yield from _nodes(config, world_size or fixed_world_size(config))
     if config.zero.offload != "none":
         yield Problem(

@@ -212,7 +212,17 @@ class ZeroSection(Section):
 
 
 CompressionKind = Literal[
-    "none", "safe", "default", "max", "bf16", "fp16", "int8", "topk", "powersgd"
+    "none",
+    "safe",
+    "default",
+    "max",
+    "bf16",
+    "fp16",
+    "int8",
+    "topk",
+    "powersgd",
+    "onebit",
+    "zero_one",
 ]
 
 
@@ -221,7 +231,8 @@ class CompressionSection(Section):
     """How gradients and updates travel. safe: gradients in 4 bits to the rank that updates them,
     updates in 8 bits back. default: momentum in 1 bit, updates in 4. max: both in 1 bit. What is
     lost is sent with the next. default and max need AdamW or LAMB, and begin exactly. bf16, fp16,
-    int8: both in that. topk: the largest elements of gradients. powersgd: gradients of low rank."""
+    int8: both in that. topk: the largest elements of gradients. powersgd: gradients of low rank.
+    onebit, zero_one: 1-bit Adam or LAMB, and 0/1 Adam, as published, without ZeRO."""
     node_degree: PositiveInt = 1
     """How many neighbouring data-parallel ranks are on one node and add up gradients exactly among
     themselves, so that compression is between nodes; divides the data-parallel degree."""
@@ -232,7 +243,8 @@ class CompressionSection(Section):
     resync_every: Annotated[int, Field(ge=0)] = 500
     """Steps after which parameters travel exactly once; 0: only when a run begins or saves."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """default, max: steps that go exactly at least. They end once the variance has settled."""
+    """default, max, onebit: steps that go exactly at least. They end once the variance has
+    settled."""
     refresh_every: Annotated[int, Field(ge=0)] = 16
     """default, max: steps after which the variance takes up an exact gradient; the distance doubles
     after each 16 times. 0: never."""
@@ -242,6 +254,9 @@ class CompressionSection(Section):
     """topk: share of the elements of a gradient that is sent, of those that are largest."""
     rank: PositiveInt = 4
     """powersgd: columns of the two thin matrices whose product a gradient is sent as."""
+    local_steps: PositiveInt = 16
+    """zero_one: steps from one exchange to the next at most, in which ranks go their own ways; 1:
+    none. While the rate rises, and the variance is young, they are fewer."""
     transport: Literal["group", "mpi"] = "group"
     """What carries messages: the process group, or MPI, where that alone reaches the fabric."""
 

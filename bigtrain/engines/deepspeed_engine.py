@@ -174,6 +174,9 @@ class DeepSpeedEngine:
         finally:
             optimizer.armed = False
 
+    def rescale(self, scale: float) -> None:
+        """Nothing is kept that would be in units of it."""
+
     def settle(self) -> None:
         """Nothing is on the wire between steps."""
 

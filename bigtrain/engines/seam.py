@@ -43,6 +43,9 @@ class Runner(Protocol):
 class Gradients(Protocol):
     """The gradient of a step, summed over the data-parallel axis."""
 
+    def rescale(self, scale: float) -> None:
+        """Note by what losses are multiplied from the next backward on."""
+
     def finish(self) -> None:
         """Return when the gradient is final."""
 

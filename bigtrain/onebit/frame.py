@@ -15,10 +15,10 @@ import torch
 from bigtrain.errors import CommError
 from bigtrain.ops.message import Pair, num_blocks, num_bytes
 
-Content = Literal["gradient", "delta", "momentum"]
+Content = Literal["gradient", "delta", "momentum", "sum"]
 _MAGIC, _VERSION = b"btcm", 1
 _HEADER = struct.Struct("<4sBBBxIQQI")  # magic, version, content, bits; bucket, turn, n, block
-_CONTENTS: tuple[Content, ...] = ("gradient", "delta", "momentum")
+_CONTENTS: tuple[Content, ...] = ("gradient", "delta", "momentum", "sum")
 _ROOM = 64  # bytes of the header, and what messages are a multiple of
 SCALES = torch.bfloat16
 

@@ -1,15 +1,17 @@
-"""From the config's compression section to a wire."""
+"""From the config's compression section to a wire, or to a strategy of its own."""
 
 from __future__ import annotations
 
 import torch
 
+from bigtrain.comm.mesh import Axis
 from bigtrain.comm.wire import Wire
 from bigtrain.config.schema import CompressionSection
 from bigtrain.onebit.codec import Casts, Codec, Codes, Signs, TopK
 from bigtrain.onebit.feedback import FeedbackWire
 from bigtrain.onebit.lowrank import LowRankWire
 from bigtrain.onebit.momentum import MomentumWire
+from bigtrain.onebit.published import MeanMomentum, Published
 from bigtrain.onebit.switch import Switch
 from bigtrain.ops.op import Kernels
 
@@ -39,6 +41,17 @@ def packing_wire(
         return FeedbackWire(plain, cast, cast, resync_every=every)
     up = Codes(4 if section.kind == "safe" else 8, section.block or CODES_BLOCK, kernels)
     return FeedbackWire(plain, up, down, resync_every=every)
+
+
+def published(axis: Axis, section: CompressionSection, kernels: Kernels = "auto") -> Published:
+    """Return the strategy of 1-bit Adam and LAMB, or of 0/1 Adam."""
+    signs, local = Signs(section.block or SIGNS_BLOCK, kernels), None
+    if section.kind == "zero_one":  # from the first step on; the variance, too, takes up that one
+        switch, local = Switch(refresh_every=1, always=True), section.local_steps
+        switch.begin("compressed")
+    else:
+        switch = Switch(first=section.warmup_steps, refresh_every=0, always=True)
+    return Published(axis, MeanMomentum(axis, signs, switch, local))
 
 
 def _momentum_wire(

@@ -29,15 +29,14 @@ from bigtrain.comm.collectives import Pending, start_all_gather, start_all_to_al
 from bigtrain.comm.mesh import Axis, Nodes
 from bigtrain.comm.nodes import leaving
 from bigtrain.comm.wire import Agree, Averages, Wire
-from bigtrain.errors import BigtrainError
 from bigtrain.onebit.codec import Codec, Signs
+from bigtrain.onebit.course import Course
 from bigtrain.onebit.feedback import SPIKE, FeedbackWire
 from bigtrain.onebit.switch import Clock, Phase, Switch
 from bigtrain.ops.grad_norm import grad_norm
 
 R = TypeVar("R")
 ALIKE = 0.01  # divisors that differ by less are one
-SLOWEST = 0.95  # what the second moment keeps of itself where it sees few gradients
 
 
 class MomentumWire(FeedbackWire):
@@ -64,51 +63,21 @@ class MomentumWire(FeedbackWire):
         senders: int = 1,
     ) -> None:
         super().__init__(plain, up, down, resync_every=resync_every)
-        self.refreshing, self.switch, self.senders = refreshing, switch, senders
+        self.refreshing, self.switch = refreshing, switch
+        self.course = Course(switch, senders)
         self.clock = Clock()
-        self._averages: Averages | None = None
-        self._expected = 1.0  # divisor: what is kept is in units of what it will be divided by
-        self._together = 1.0  # squares of a sum over the sum of the ranks' squares
         self._stale: set[int] = set()  # buckets of which the first moment knows better
         self._squares: dict[int, torch.Tensor] = {}  # of this rank's gradients of a step
         self._wrong: set[int] = set()  # buckets in which these are not finite
         self._unused = False  # the gradient of this step, since its divisor is no number
         self._beside: dict[int, Pending[list[torch.Tensor]]] = {}
 
-    @property
-    def averages(self) -> Averages:
-        if self._averages is None:
-            raise BigtrainError(
-                "momentum is to be compressed, but there is no optimizer for it",
-                why="it begins with the first moment that an optimizer keeps",
-                mend="make the optimizer of the path: AdamW(path)",
-            )
-        return self._averages
-
     def updated_by(self, averages: Averages) -> None:
-        if not averages.takes_momentum:
-            raise BigtrainError(
-                f"{type(averages).__name__} cannot be updated with compressed momentum",
-                why="it needs each step's gradient, or keeps no second moment",
-                mend="use AdamW or LAMB, or compression safe, which suits all",
-            )
-        self._averages = averages
+        self.course.updated_by(averages)
 
     @property
     def beta(self) -> float:
-        beta = self.averages.decays[0]
-        if not beta:
-            raise BigtrainError(
-                "momentum is to be compressed, but the optimizer's first beta is 0",
-                why="without a mean over steps, signs of gradients are what is left",
-                mend="set optimizer.betas=[0.9, 0.95], or compression.kind=safe",
-            )
-        return beta
-
-    @property
-    def _horizon(self) -> int:
-        """Steps over which the second moment is a mean."""
-        return max(20, round(1 / max(1e-6, 1 - self.averages.decays[1])))
+        return self.course.beta
 
     def bytes_per_element(self, bucket: Bucket) -> float:
         return self.plain.bytes_per_element(bucket)  # while they go exactly, and at most
@@ -156,7 +125,7 @@ class MomentumWire(FeedbackWire):
             self.plain.add_up(bucket, arrived, out, first=first)
             return
         assert first, "momentum is sent once a step"
-        weight = (1 - self.beta) / self._expected
+        weight = (1 - self.beta) / self.course.expected
         self.receive("momentum", bucket, arrived, out, weight, first=True)
         bucket.clear_owned_gaps(out)  # signs are never zero
         bucket.momentum = Momentum()
@@ -164,13 +133,7 @@ class MomentumWire(FeedbackWire):
             gradient = torch.empty_like(out)
             self.refreshing.add_up(bucket, beside.wait(), gradient, first=True)
             bucket.momentum.gradient = gradient
-            bucket.momentum.decay = self._decay
-
-    @property
-    def _decay(self) -> float:
-        """Return what the second moment keeps of itself at a refresh: it is a mean of some."""
-        beta2 = self.averages.decays[1]
-        return max(beta2**self.switch.distance, min(beta2, SLOWEST))
+            bucket.momentum.decay = self.course.decay
 
     def squares(self, bucket: Bucket) -> torch.Tensor | None:
         """Return this rank's share: of the gradient itself, where it came, or of an estimate.
@@ -184,7 +147,7 @@ class MomentumWire(FeedbackWire):
         if momentum.gradient is not None:
             squares = grad_norm([momentum.gradient]).squares
         else:
-            squares = self._together * self._squares[bucket.index]
+            squares = self.course.together * self._squares[bucket.index]
         bad = grad_norm([bucket.main_grads]).num_not_finite > 0
         return torch.where(bad, torch.nan, squares)
 
@@ -201,7 +164,7 @@ class MomentumWire(FeedbackWire):
             for bucket in with_momentum:
                 self.abandon(bucket)
             return
-        ratio, self._divisor = divisor / self._expected, divisor
+        ratio, self._divisor = divisor / self.course.expected, divisor
         spike = self.switch.compressed and ratio > SPIKE  # on all ranks, with buckets or without
         if self.switch.compressed and abs(ratio - 1) <= ALIKE:
             return
@@ -215,10 +178,10 @@ class MomentumWire(FeedbackWire):
             else:
                 rest = self.errors(bucket).view_as(kept.values)
                 kept.set(rest * ratio + sent * (1 - ratio))
-        self._expected = self._expected * SPIKE if spike else divisor
+        self.course.expected = self.course.expected * SPIKE if spike else divisor
 
     def rescale(self, buckets: Sequence[Bucket], scale: float) -> None:
-        self._expected *= scale / self._scale
+        self.course.expected *= scale / self._scale
         super().rescale(buckets, scale)
 
     def _sent_of(self, bucket: Bucket) -> torch.Tensor:
@@ -242,10 +205,10 @@ class MomentumWire(FeedbackWire):
         if bucket.index not in self._stale:
             return
         self._stale.discard(bucket.index)
-        across, mean = bucket.sharing.nodes.across, self.averages.first_moment(bucket)
+        across, mean = bucket.sharing.nodes.across, self.course.averages.first_moment(bucket)
         what = f"all_gather of the first moment of bucket {bucket.index}"
         every = start_all_gather(mean, across, what).wait()
-        share = self.beta * self._expected / ((1 - self.beta) * across.degree)
+        share = self.beta * self.course.expected / ((1 - self.beta) * across.degree)
         self.kept_of(bucket).set(every * share)
 
     def consolidate(self, bucket: Bucket) -> None:
@@ -256,10 +219,10 @@ class MomentumWire(FeedbackWire):
         if not bucket.sharing.compressed:
             return
         if self.switch.compressed and bucket.index not in self._stale:
-            share = (1 - self.beta) / (self.beta * self._expected)
+            share = (1 - self.beta) / (self.beta * self.course.expected)
             mean = self.total_errors(bucket) * share
             bucket.clear_owned_gaps(mean)
-            self.averages.set_first_moment(bucket, mean)
+            self.course.averages.set_first_moment(bucket, mean)
         self.restore(bucket, None)
 
     def kept(self, bucket: Bucket) -> torch.Tensor | None:
@@ -301,9 +264,7 @@ class MomentumWire(FeedbackWire):
         mine, switch = [bucket for bucket in buckets if bucket.sharing.compressed], self.switch
         if stepped and not self._unused:
             self.clock.steps += switch.shadow
-            averages, beta = self.averages, self.beta
-            assert beta
-            if switch.due(self._horizon, averages.rising, averages.num_updates):
+            if self.course.due():
                 self._decide(mine, everybody, device)
         for bucket in mine:
             bucket.momentum = None  # it has been used
@@ -314,21 +275,21 @@ class MomentumWire(FeedbackWire):
         seen = everybody(self._look(mine, device))
         if switch.now.phase == "exact":
             good = switch.settled(float(seen[0]))
-            agreed = self._all_want(good, everybody, device)
+            agreed = self.course.all_want(good, everybody, device)
             self._go_on("shadow" if agreed else None, mine)
         elif switch.now.phase == "off":
             self._go_on("exact", mine)
         elif switch.shadow:
-            self._note_coherence(seen)
-            follows = self._all_want(switch.follows(self._lag(seen)), everybody, device)
+            self.course.note(float(seen[1]), float(seen[2]))
+            follows = self.course.all_want(switch.follows(self._lag(seen)), everybody, device)
             pays = self._pays(everybody, device)
             self._go_on("exact" if not follows else "compressed" if pays else "off", mine)
         else:
-            self._note_coherence(seen)
+            self.course.note(float(seen[1]), float(seen[2]))
             divisor = self._divisor or 1.0
             growth = float(seen[1]) / divisor**2 / max(float(seen[0]), 1e-300)
             good = not switch.drifts(growth, self._lag(seen))
-            self._go_on(None if self._all_want(good, everybody, device) else "exact", mine)
+            self._go_on(None if self.course.all_want(good, everybody, device) else "exact", mine)
 
     def _look(self, mine: Sequence[Bucket], device: torch.device) -> torch.Tensor:
         """Return what this rank adds to sums over owners: the variance; squares of the gradient, of
@@ -336,23 +297,19 @@ class MomentumWire(FeedbackWire):
         seen = torch.zeros(5, dtype=torch.float64, device=device)
         for bucket in mine:
             gradient = bucket.momentum.gradient if bucket.momentum else bucket.main_grads
-            seen[0] += self.averages.sum_of_variance(bucket)
+            seen[0] += self.course.averages.sum_of_variance(bucket)
             if gradient is not None:
                 seen[1] += grad_norm([gradient]).squares
             if bucket.index in self._squares:
                 seen[2] += self._squares[bucket.index]
                 seen[3] += grad_norm([self.errors(bucket)]).squares
-            seen[4] += grad_norm([self.averages.first_moment(bucket)]).squares
+            seen[4] += grad_norm([self.course.averages.first_moment(bucket)]).squares
         return seen
-
-    def _note_coherence(self, seen: torch.Tensor) -> None:
-        if float(seen[2]) > 0:
-            self._together = float(seen[1] / seen[2])
 
     def _lag(self, seen: torch.Tensor) -> float:
         """Return how long what is kept is, beside what would be kept if nothing were lost."""
-        unit = self.beta * self._expected / (1 - self.beta)
-        wanted = float(seen[4]) * unit**2 / max(self._together, 1e-12)  # of each rank alone
+        unit = self.beta * self.course.expected / (1 - self.beta)
+        wanted = float(seen[4]) * unit**2 / max(self.course.together, 1e-12)  # of each rank alone
         return math.sqrt(float(seen[3]) / max(wanted, 1e-300))
 
     def _pays(self, everybody: Agree, device: torch.device) -> bool:
@@ -362,11 +319,6 @@ class MomentumWire(FeedbackWire):
         exposed, coding, ranks = everybody(mine).tolist()
         bits = self.up.num_bits + self.down.num_bits
         return self.switch.pays(Clock(clock.steps, exposed / ranks, coding / ranks), 1 - bits / 64)
-
-    def _all_want(self, vote: bool, everybody: Agree, device: torch.device) -> bool:
-        here = torch.tensor([float(vote), 1.0], dtype=torch.float64, device=device)
-        votes, ranks = everybody(here).tolist()
-        return votes > ranks - 0.5
 
     def _go_on(self, phase: Phase | None, mine: Sequence[Bucket]) -> None:
         """Begin a phase, with what optimizers know; None: go on as before."""
@@ -385,40 +337,13 @@ class MomentumWire(FeedbackWire):
 
     @property
     def progress(self) -> dict[str, Any] | None:
-        rate = self._averages.rate if self._averages is not None else 0.0
-        rest = {
-            "expected": self._expected / self._scale,
-            "together": self._together,
-            "senders": self.senders,
-            "rate": rate,
-        }
-        return {**self.switch.saved(), **rest}
+        return self.course.saved(self._scale)
 
     @progress.setter
     def progress(self, saved: dict[str, Any] | None) -> None:
         if saved is not None:
-            saved = dict(saved)
-            self._expected = saved.pop("expected") * self._scale
-            self._together = saved.pop("together")
-            self.averages.rate = saved.pop("rate")  # so that the next one does not seem to rise
             self._divisor = None
-            senders = saved.pop("senders")
-            self.switch.restore(saved)
-            self._together = coherence_of(self._together, senders, self.senders)
-
-
-def coherence_of(found: float, before: int, after: int) -> float:
-    """Return the squares of the mean gradient over the sum of those of its shares, of which there
-    were `before` and are `after`: the same batch, shared by others.
-
-    It is (a + b) / (a / n + b), where a are the squares of the gradient and b those of its noise.
-    """
-    if found <= 1 or before == 1:
-        return min(found, 1.0)
-    if found >= before:
-        return float(after)
-    signal = (found - 1) / (1 - found / before)
-    return (signal + 1) / (signal / after + 1)
+            self.course.restore(saved, self._scale)
 
 
 class _Timed(Pending[R]):

@@ -14,6 +14,7 @@ from bigtrain.optim.kinds import (
 from bigtrain.optim.lamb import LAMB
 from bigtrain.optim.lion import Lion
 from bigtrain.optim.muon import Muon
+from bigtrain.optim.onebit_lamb import OneBitLAMB
 from bigtrain.optim.optimizer import Optimizer
 from bigtrain.optim.schedule import learning_rate
 from bigtrain.optim.sgd import SGD
@@ -27,6 +28,7 @@ __all__ = [
     "KindOf",
     "Lion",
     "Muon",
+    "OneBitLAMB",
     "Optimizer",
     "build_optimizer",
     "decay_kind",

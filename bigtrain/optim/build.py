@@ -6,6 +6,7 @@ from bigtrain.comm.gradient import GradientPath
 from bigtrain.config.schema import (
     AdagradOptimizer,
     AdamwOptimizer,
+    CompressionKind,
     LambOptimizer,
     LionOptimizer,
     MuonOptimizer,
@@ -17,6 +18,7 @@ from bigtrain.optim.adamw import AdamW
 from bigtrain.optim.lamb import LAMB
 from bigtrain.optim.lion import Lion
 from bigtrain.optim.muon import Muon
+from bigtrain.optim.onebit_lamb import OneBitLAMB
 from bigtrain.optim.optimizer import Optimizer
 from bigtrain.optim.sgd import SGD
 
@@ -35,9 +37,14 @@ _CLASSES: dict[str, type[Optimizer]] = {
 
 
 def build_optimizer(
-    path: GradientPath, config: OptimizerConfig, kernels: Kernels = "auto"
+    path: GradientPath,
+    config: OptimizerConfig,
+    kernels: Kernels = "auto",
+    compression: CompressionKind = "none",
 ) -> Optimizer:
     """Return the optimizer that `config` describes, for what `path` has on this rank.
+
+    compression: how gradients come; LAMB is 1-bit LAMB where that is onebit.
 
     Raises:
         BigtrainError: the parameters do not suit it.
@@ -46,4 +53,5 @@ def build_optimizer(
     options = config.model_dump(exclude={"kind", "exclude"})
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
-    return _CLASSES[config.kind](path, kernels=kernels, **options)
+    kind = OneBitLAMB if config.kind == "lamb" and compression == "onebit" else None
+    return (kind or _CLASSES[config.kind])(path, kernels=kernels, **options)

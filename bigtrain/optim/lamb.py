@@ -17,7 +17,8 @@ class LAMB(Optimizer):
 
     The length of a parameter's step is its learning rate times the parameter's own norm, whatever
     parts of it several ranks have: a step communicates three fp64 numbers a parameter, once.
-    Beside compressed momentum it is about 1-bit LAMB (https://arxiv.org/abs/2104.06069).
+    Beside compressed momentum the length of a direction stays as it was (OneBitLAMB, for momentum
+    that all ranks have, goes by the paper).
     """
 
     takes_momentum = True
@@ -81,12 +82,20 @@ class LAMB(Optimizer):
             norms = self._norms(index, None if given else divisor, given)
             values[rows, :2] = norms.to(values.device)
         values = self.path.sum_over_parts(values)
+        ratios = self._ratios_of(values, came, counts=divisor is None or bool(divisor.isfinite()))
+        self._ratios = [ratios[place.rows].to(place.offsets.device) for place in self._places]
+
+    def _ratios_of(self, values: torch.Tensor, came: torch.Tensor, *, counts: bool) -> torch.Tensor:
+        """Return the trust ratios of all slots.
+
+        values: squares of parameters, of directions, and of directions that are the last exact
+        ones. came: where the first moment came in few bits. counts: will there be an update?
+        """
         self._lengths = torch.where(values[:, 2] > 0, values[:, 2], self._lengths)
-        if divisor is None or bool(divisor.isfinite()):
+        if counts:
             self._exact = {b.index for b in self.path.buckets if b.momentum is None}
         values[:, 1] = torch.where(came & (self._lengths > 0), self._lengths, values[:, 1])
-        ratios = trust_ratios(values[:, :2])
-        self._ratios = [ratios[place.rows].to(place.offsets.device) for place in self._places]
+        return trust_ratios(values[:, :2])
 
     def _norms(self, index: int, divisor: torch.Tensor | None, moments_stay: bool) -> torch.Tensor:
         """Return the squares of a segment's parameters and their directions [parts, 2]."""

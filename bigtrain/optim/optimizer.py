@@ -70,7 +70,9 @@ class Optimizer(ABC):
         for bucket, segments in groupby(backward, key=lambda item: item[1].bucket):
             for index, segment in segments:
                 decay = 0.0 if segment.kind == NO_DECAY else self.weight_decay
-                self._update(index, segment, rate, decay, grad_divisor)
+                momentum = bucket.momentum
+                given = rate if momentum is None or momentum.rate is None else momentum.rate
+                self._update(index, segment, given, decay, grad_divisor)
             bucket.rounded = True
             if done is not None:
                 done(bucket)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from bigtrain.comm.buckets import Bucket
 from bigtrain.comm.gradient import GradientPath
-from bigtrain.comm.wire import Wire
+from bigtrain.comm.wire import Ledger
 from bigtrain.config.schema import ZeroSection
 from bigtrain.pipeline.table import Action
 from bigtrain.zero.keeper import WINDOW
@@ -88,18 +88,16 @@ def predict(
     trained, every = path.buckets, [*path.buckets, *path.frozen]
     away = any(b.main_params.device != b.params.device for b in trained)
     owned, itemsize = sum(map(_block, trained)), every[0].params.element_size()
-    wire = path.sync.wire
-    updates = sum(wire.bytes_of_update(b) for b in trained) if wire is not None else 0
+    ledger = path.sync.ledger
+    updates = sum(ledger.bytes_of_update(b) for b in trained) if ledger is not None else 0
     copied = sum(_block(b) for b in trained if b.main_params is not b.shard)
     return Memory(
         parameters=itemsize * sum(_block(b) if _sharded(b) else b.numel for b in every),
         main_parameters=FP32 * copied + itemsize * away * owned,
         gradients=sum(map(_gradients, trained)) + (FP32 * owned if away else 0),
-        errors=sum(wire.bytes_kept(b) for b in trained) if wire is not None else 0,
+        errors=sum(ledger.bytes_kept(b) for b in trained) if ledger is not None else 0,
         moments=moments,
-        gradients_in_flight=_gradients_in_flight(
-            trained, zero, path.sync.wire, num_microbatches, row
-        ),
+        gradients_in_flight=_gradients_in_flight(trained, zero, ledger, num_microbatches, row),
         parameters_in_flight=itemsize * _whole_at_once(path, every, zero, row) + updates,
         offloaded=zero.offload == "file" or away,
     )
@@ -129,7 +127,7 @@ def _filling(bucket: Bucket) -> int:
 def _gradients_in_flight(
     trained: Sequence[Bucket],
     zero: ZeroSection,
-    wire: Wire | None,
+    ledger: Ledger | None,
     num_microbatches: int,
     row: Sequence[Action],
 ) -> int:
@@ -139,7 +137,7 @@ def _gradients_in_flight(
     filled between them.
     """
     shared = [bucket for bucket in trained if bucket.sharing.inner.degree > 1]
-    on_wire = _wire_size(zero, wire)
+    on_wire = _wire_size(zero, ledger)
     # The first follow on the last of the microbatch before, or, of several stages, on any.
     again = [bucket for bucket in shared if bucket.sharing.sharded_grads]
     again = again * min(num_microbatches - 1, zero.in_flight + 1)
@@ -164,12 +162,12 @@ def _is_cast(bucket: Bucket, zero: ZeroSection) -> bool:
     return zero.reduce_dtype != "fp32" or bucket.sharing.compressed
 
 
-def _wire_size(zero: ZeroSection, wire: Wire | None) -> Size:
+def _wire_size(zero: ZeroSection, ledger: Ledger | None) -> Size:
     """Return the bytes held from leaving to arriving, beside a gradient that stays anyway."""
 
     def size(bucket: Bucket) -> float:
-        assert wire is not None  # there is one wherever a bucket is shared
-        per_element, cast = wire.bytes_per_element(bucket), _is_cast(bucket, zero)
+        assert ledger is not None  # there is one wherever a bucket is shared
+        per_element, cast = ledger.bytes_per_element(bucket), _is_cast(bucket, zero)
         nodes, on_cpu = bucket.sharing.nodes, bucket.params.device.type == "cpu"
         degree, several = nodes.across.degree, nodes.node.degree > 1
         copied = cast or (bucket.sharing.sharded_grads and not several)

@@ -19,7 +19,7 @@ from bigtrain.comm.collectives import (
 from bigtrain.comm.mesh import Axis, Nodes
 from bigtrain.comm.nodes import leaving, start_sum_on_node
 from bigtrain.comm.sync import Passage
-from bigtrain.comm.wire import Wire
+from bigtrain.comm.wire import Ledger, Wire
 from bigtrain.zero.keeper import Keeper
 
 
@@ -57,6 +57,10 @@ class Sharded:
         self._leaving: deque[tuple[Bucket, Pending[list[torch.Tensor]]]] = deque()
         self._beside: deque[tuple[Bucket, Pending[torch.Tensor]]] = deque()
         self._published: deque[Pending[torch.Tensor]] = deque()
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.wire
 
     def attach(self, model: nn.Module, buckets: Sequence[Bucket]) -> None:
         self.keeper.attach(model, buckets)

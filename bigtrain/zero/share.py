@@ -26,6 +26,7 @@ class Sharings:
     whether that wire is free to lose something of a parameter, for as long as it keeps that.
     node_degree: neighbouring ranks that add up gradients among themselves, before the wire does;
     all ranks share everything then. carried: the same axis, with what carries messages on it.
+    replicated: the strategy of ranks that have everything.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class Sharings:
         compresses: Callable[[torch.Tensor, Shard], bool] = lambda param, shard: False,
         node_degree: int = 1,
         carried: Callable[[Axis], Axis] = lambda axis: axis,
+        replicated: Callable[[Axis], GradientSync] = Replicated,
     ) -> None:
         self.mesh, self.zero, self.carried = mesh, zero, carried
+        self.replicated = replicated
         self.wire, self.compresses = wire or make_wire(zero.reduce_dtype), compresses
         tied = sorted(ranks for ranks in holders if len(ranks) > 1)
         self._axes = {ranks: mesh.across_stages(ranks) for ranks in tied}
@@ -66,7 +69,7 @@ class Sharings:
         compressed = param.requires_grad and self.compresses(param, shard)
         key = axis, small, compressed
         if key not in self._known:
-            self._known[key] = Sharing.none(axis)
+            self._known[key] = Sharing.none(axis, own_grads=compressed)
             if zero.stage:
                 shared = self.inner.degree > 1
                 own_grads = shared and compressed and self.wire.once_a_step
@@ -91,7 +94,7 @@ class Sharings:
         """Return the strategy. Every rank calls this."""
         mesh, zero = self.mesh, self.zero
         if not zero.stage:
-            return Replicated(mesh.dp)
+            return self.replicated(mesh.dp)
         keeper = Keeper(
             mesh.share(zero.shard_degree, own_group=True),
             mesh.device,

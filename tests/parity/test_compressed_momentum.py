@@ -27,7 +27,8 @@ from bigtrain.config.layout import Layout
 from bigtrain.config.schema import CompressionSection, Config, ParallelSection, ZeroSection
 from bigtrain.errors import BigtrainError
 from bigtrain.onebit.codec import Signs
-from bigtrain.onebit.momentum import MomentumWire, coherence_of
+from bigtrain.onebit.course import coherence_of
+from bigtrain.onebit.momentum import MomentumWire
 from bigtrain.onebit.switch import Clock, Switch
 from bigtrain.optim import LAMB, SGD, AdamW, Muon
 from bigtrain.trainer import Trainer
@@ -41,7 +42,7 @@ RELATIVE = 0.06  # of a loss that falls by half in 30 steps, of which signs are 
 
 def wire_of(path: Any) -> MomentumWire:
     assert isinstance(path, GradientPath)
-    wire = path.sync.wire
+    wire = path.sync.ledger
     assert isinstance(wire, MomentumWire)
     return wire
 

@@ -56,7 +56,7 @@ class Watched(FeedbackWire):
 
 def conserved(mesh: Mesh, stage: int) -> tuple[int, list[str]]:
     path = parallelize(gpt(), mesh, zero=stage, compression=SECTION, bucket_mb=0.02)
-    path.sync.wire.__class__, path.sync.wire.seen = Watched, []  # type: ignore[union-attr]
+    path.sync.ledger.__class__, path.sync.ledger.seen = Watched, []  # type: ignore[union-attr]
     optimizer = AdamW(path)
     wrong, number = [], 0
     for step in range(4):
@@ -67,7 +67,7 @@ def conserved(mesh: Mesh, stage: int) -> tuple[int, list[str]]:
         path.backward(path.model(tokens, tokens))
         path.finish()
         sums: dict[Bucket, torch.Tensor] = {}  # where each microbatch is sent, they are added up
-        for bucket, given, kept in path.sync.wire.seen:  # type: ignore[union-attr]
+        for bucket, given, kept in path.sync.ledger.seen:  # type: ignore[union-attr]
             for total in (given, kept):
                 all_reduce(total, mesh.dp)
             start, stop = bucket.owned
@@ -77,7 +77,7 @@ def conserved(mesh: Mesh, stage: int) -> tuple[int, list[str]]:
             number += 1
             if gap.norm() > 1e-6 * total.norm():
                 wrong.append(f"bucket {bucket.index}, step {step}: {gap.norm()}")
-        path.sync.wire.seen.clear()  # type: ignore[union-attr]
+        path.sync.ledger.seen.clear()  # type: ignore[union-attr]
         optimizer.step(done=path.publish)
         path.publish()
         path.settle()
@@ -327,7 +327,7 @@ def after_a_spike(mesh: Mesh, clipped: bool) -> float:
         optimizer.step(None, torch.tensor(clip))
         path.publish()
     path.settle()
-    wire = path.sync.wire
+    wire = path.sync.ledger
     assert isinstance(wire, FeedbackWire)
     return sum(float(wire.errors(b).norm()) for b in path.buckets if b.sharing.compressed)
 
@@ -366,8 +366,8 @@ class FaultyDelta(FeedbackWire):
 def with_faults(mesh: Mesh, fault: str) -> str:
     path = parallelize(gpt(), mesh, compression=SECTION, bucket_mb=0.02)
     kind = FaultyDelta if fault == "delta" else Faulty
-    path.sync.wire.__class__ = kind  # type: ignore[union-attr]
-    path.sync.wire.fault = fault  # type: ignore[union-attr]
+    path.sync.ledger.__class__ = kind  # type: ignore[union-attr]
+    path.sync.ledger.fault = fault  # type: ignore[union-attr]
     optimizer = AdamW(path)
     tokens = torch.arange(16).view(2, 8) % VOCAB
     try:
@@ -460,7 +460,7 @@ def memory_gap(mesh: Mesh, config: Config) -> int:
     trainer = Trainer(config, mesh, Path(config.run.dir))
     trainer.train_step()
     trainer.path.settle()
-    wire = trainer.path.sync.wire
+    wire = trainer.path.sync.ledger
     assert trainer.memory is not None
     compressed = [b for b in trainer.path.buckets if b.sharing.compressed]
     held = sum(4 * wire.errors(b).numel() for b in compressed)

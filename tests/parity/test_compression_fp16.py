@@ -145,7 +145,7 @@ def lengths(mesh: Mesh, config: Config) -> tuple[float, float]:
     """Return how long what is kept is, and the gradient of the next step."""
     trainer = Trainer(config, mesh, Path(config.run.dir))
     assert trainer.resume() is not None
-    wire = trainer.path.sync.wire
+    wire = trainer.path.sync.ledger
     assert wire is not None
     kept = [wire.kept(b) for b in trainer.path.buckets if b.sharing.compressed]
     length = torch.stack([k.norm() for k in kept if k is not None]).norm()

@@ -174,7 +174,7 @@ def test_copies_follow_main_parameters(name: str, dtype: torch.dtype) -> None:
 
 def watch(path: GradientPath) -> dict[Bucket, torch.Tensor]:
     """Return what will have been given to the wire, and kept before, of each bucket."""
-    wire, given = path.sync.wire, {}
+    wire, given = path.sync.ledger, {}
     assert isinstance(wire, FeedbackWire)
     leave = wire.leave
 
@@ -191,7 +191,7 @@ def conserved(mesh: Mesh) -> tuple[int, list[str]]:
     wrong, number = [], 0
     for kind, section in {**KINDS, "sparse": SPARSE, "thin": THIN}.items():
         path = parallelize(gpt(), mesh, zero=1, compression=section, bucket_mb=0.04)
-        given, optimizer, wire = watch(path), AdamW(path), path.sync.wire
+        given, optimizer, wire = watch(path), AdamW(path), path.sync.ledger
         assert isinstance(wire, FeedbackWire)
         for step in range(2):
             draws = torch.Generator().manual_seed(step * 7 + mesh.dp.rank)
@@ -224,7 +224,7 @@ def low_rank(mesh: Mesh) -> list[float]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(40, 33, bias=False), torch.nn.Linear(33, 5))
     path = parallelize(model, mesh, compression=THIN.model_copy(update={"rank": 3}))
-    wire = path.sync.wire
+    wire = path.sync.ledger
     assert isinstance(wire, LowRankWire)
     shapes = [slot.shape for b in path.buckets for slot in b.slots if b.sharing.compressed]
     assert len(shapes) == 2
@@ -253,7 +253,7 @@ def test_a_gradient_of_low_rank_goes_whole(tmp_path: Path) -> None:
 def kept_after_rises(mesh: Mesh, section: CompressionSection) -> list[float]:
     """Return how much is left of what is kept where a gradient is divided by more and more."""
     path = parallelize(gpt(), mesh, zero=1, compression=section, bucket_mb=0.02)
-    wire = path.sync.wire
+    wire = path.sync.ledger
     assert isinstance(wire, FeedbackWire)
     [bucket, *_] = [b for b in path.buckets if b.sharing.compressed]
     wire.kept_of(bucket).set(1.0)
@@ -410,7 +410,7 @@ def bytes_of(mesh: Mesh) -> dict[str, dict[str, float]]:
         torch.manual_seed(0)
         model = torch.nn.Sequential(*(torch.nn.Linear(512, 512, bias=False) for _ in range(3)))
         path = parallelize(model, mesh, compression=kind, bucket_mb=1.0)
-        optimizer, x, wire = AdamW(path), torch.randn(2, 512), path.sync.wire
+        optimizer, x, wire = AdamW(path), torch.randn(2, 512), path.sync.ledger
         assert isinstance(wire, FeedbackWire)
         for _ in range(2):
             with recorded_collectives() as calls:
@@ -457,7 +457,7 @@ def memory_gaps(mesh: Mesh, config: Config) -> dict[str, int]:
         trainer = Trainer(config, mesh, Path(config.run.dir))
         trainer.train_step()
         trainer.path.settle()
-        wire = trainer.path.sync.wire
+        wire = trainer.path.sync.ledger
         assert isinstance(wire, FeedbackWire)
         assert trainer.memory is not None
         rights = wire._rights.values() if isinstance(wire, LowRankWire) else ()

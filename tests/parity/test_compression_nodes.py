@@ -52,14 +52,14 @@ def section_of(kind: str, node_degree: int = NODE) -> CompressionSection:
 
 def at_once(path: Any) -> None:
     """Compress from the next step on, where that would come after a warm-up."""
-    wire = path.sync.wire
+    wire = path.sync.ledger
     if isinstance(wire, MomentumWire) and not wire.switch.compressed:
         wire._go_on("compressed", [b for b in path.buckets if b.sharing.compressed])
 
 
 def wire_of(path: GradientPath) -> FeedbackWire:
-    assert isinstance(path.sync.wire, FeedbackWire)
-    return path.sync.wire
+    assert isinstance(path.sync.ledger, FeedbackWire)
+    return path.sync.ledger
 
 
 # -- a node is one sender ----------------------------------------------------------------------
@@ -126,7 +126,7 @@ def by_itself(mesh: Mesh, node_degree: int) -> tuple[list[str], list[float], lis
     path = parallelize(squares(), mesh, compression=section)
     optimizer, phases, norms = AdamW(path, lr=3e-4, betas=(0.9, 0.8)), [], []
     for step in range(85):
-        phases.append(path.sync.wire.switch.now.phase)  # type: ignore[union-attr]
+        phases.append(path.sync.ledger.switch.now.phase)  # type: ignore[union-attr]
         norms.append(take_step(path, step))
         optimizer.step(done=path.publish)
         path.publish()
@@ -358,7 +358,7 @@ def refused(mesh: Mesh) -> list[str]:
         section = CompressionSection(kind=kind, node_degree=degree)  # type: ignore[arg-type]
         try:
             path = parallelize(squares(), mesh, compression=section)
-            assert path.sync.wire is None, "all are on one node: there is nothing to compress"
+            assert path.sync.ledger is None, "all are on one node: there is nothing to compress"
             said.append("")
         except BigtrainError as error:
             said.append(str(error))

@@ -54,7 +54,7 @@ def count_gradients(path: GradientPath) -> list[int]:
     sync, counts = path.sync, [0]
     if not isinstance(sync, Sharded):
         return counts
-    depart, element = sync.reduce, sync.wire.bytes_per_element(path.buckets[0])
+    depart, element = sync.reduce, sync.ledger.bytes_per_element(path.buckets[0])
 
     def count(*, cast: float) -> None:
         filled = sum(

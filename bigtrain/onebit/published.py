@@ -1,0 +1,392 @@
+"""1-bit Adam, 1-bit LAMB and 0/1 Adam: every rank holds, and updates, everything.
+
+Sources: https://arxiv.org/abs/2102.02888, https://arxiv.org/abs/2104.06069,
+https://arxiv.org/abs/2202.06009. Each rank makes its own momentum from the common one and its
+gradient; in two phases it becomes the mean of all ranks: signs to the rank that adds up a part,
+signs of the sum to all, both with error feedback. The variance stays as it is, or, in 0/1 Adam,
+takes up exact gradients at growing distances. 0/1 Adam adds up what parameters have moved by, times
+the root of the variance, and does that in some steps only; in between ranks go their own ways.
+
+What all means share with `momentum`: a warm-up whose end is found by itself, a first moment that is
+held to what it can be (these have a mask instead, which the user must make), one norm for all ranks
+to clip by (these have none).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bigtrain.comm.buckets import ALIGNMENT, Bucket, Momentum
+from bigtrain.comm.collectives import (
+    Chain,
+    Pending,
+    all_reduce,
+    start_all_gather,
+    start_all_to_all,
+)
+from bigtrain.comm.mesh import Axis
+from bigtrain.comm.sync import Replicated
+from bigtrain.comm.wire import Agree, Averages
+from bigtrain.onebit.codec import Kept, Signs
+from bigtrain.onebit.course import Course
+from bigtrain.onebit.frame import Content, Frame
+from bigtrain.onebit.switch import Switch
+from bigtrain.ops.grad_norm import grad_norm
+
+FP32 = 4
+
+
+class TwoPhase:
+    """Means of all ranks in one bit each way.
+
+    Wire, of n elements: 2(n-1)/n of a bit each, and of their scales. Kept: 4 bytes for each element
+    of what goes to others, and for each of this rank's part of the sum.
+    """
+
+    def __init__(self, axis: Axis, signs: Signs) -> None:
+        self.axis, self.signs = axis, signs
+        self._sent: dict[int, Kept] = {}
+        self._summed: dict[int, Kept] = {}
+        self._turns: dict[tuple[str, int], int] = {}
+
+    def part(self, numel: int) -> int:
+        """Return of how many elements each rank makes the sum."""
+        return -(-numel // (self.axis.degree * ALIGNMENT)) * ALIGNMENT
+
+    def bytes_kept(self, numel: int) -> int:
+        degree, part = self.axis.degree, self.part(numel)
+        scales = -(-part // self.signs.block)
+        return FP32 * (degree + 1) * (part + scales)
+
+    def bytes_per_element(self, numel: int) -> float:
+        return 2 * self._framed("momentum", 0, 0, self.part(numel)).size * self.axis.degree / numel
+
+    def start(self, index: int, flat: torch.Tensor) -> Pending[torch.Tensor]:
+        """Begin to add up `flat` [numel] of all ranks; the result is the sum, the same on all."""
+        degree, part = self.axis.degree, self.part(flat.numel())
+        rows = torch.nn.functional.pad(flat, (0, degree * part - flat.numel())).view(degree, part)
+        sent, _ = self._kept_of(index, part, flat.device)
+        frame = self._frame("momentum", index, part)
+        messages = frame.messages(degree, flat.device)
+        self.signs.pack(rows, sent, [frame.open(message) for message in messages], 1.0)
+        first = start_all_to_all(messages, self.axis, f"all_to_all of {frame}")
+        return Chain(first, lambda rows: self._return(index, frame, rows)).then(
+            lambda every: every[: flat.numel()]
+        )
+
+    def _return(
+        self, index: int, frame: Frame, arrived: Sequence[torch.Tensor]
+    ) -> Pending[torch.Tensor]:
+        """Begin to send the sum of this rank's part to all."""
+        for rank, message in zip(self.axis.ranks, arrived, strict=True):
+            frame.check(message, rank)
+        own = torch.empty(1, frame.n, device=arrived[0].device)
+        self.signs.add_up([frame.open(message) for message in arrived], own[0], 1.0)
+        _, summed = self._kept_of(index, frame.n, own.device)
+        answer = self._frame("sum", index, frame.n)
+        [message] = answer.messages(1, own.device)
+        self.signs.pack(own, summed, [answer.open(message)], 1.0)
+        pending = start_all_gather(message, self.axis, f"all_gather of {answer}")
+        return pending.then(lambda messages: self._open(answer, messages))
+
+    def _open(self, frame: Frame, messages: torch.Tensor) -> torch.Tensor:
+        rows = torch.empty(self.axis.degree, frame.n, device=messages.device)
+        for rank, row, message in zip(self.axis.ranks, rows, messages, strict=True):
+            frame.check(message, rank)
+            self.signs.add_up([frame.open(message)], row, 1.0)
+        return rows.view(-1)
+
+    def take_errors(self, index: int, numel: int, device: torch.device) -> torch.Tensor:
+        """Return all that ranks have lost of a sum [numel], the same on all, and forget it.
+
+        Communicates an all-reduce of fp32.
+        """
+        part = self.part(numel)
+        sent, summed = self._kept_of(index, part, device)
+        lost = self.signs.residual(sent).clone()
+        lost[self.axis.rank] += self.signs.residual(summed)[0]
+        all_reduce(lost, self.axis, f"all_reduce of what bucket {index} has lost")
+        sent.set(0.0)
+        summed.set(0.0)
+        return lost.view(-1)[:numel]
+
+    def forget(self, index: int) -> None:
+        self._sent.pop(index, None)
+        self._summed.pop(index, None)
+
+    def _kept_of(self, index: int, part: int, device: torch.device) -> tuple[Kept, Kept]:
+        if index not in self._sent:
+            self._sent[index] = self.signs.keep(self.axis.degree, part, device)
+            self._summed[index] = self.signs.keep(1, part, device)
+        return self._sent[index], self._summed[index]
+
+    def _frame(self, content: Content, index: int, n: int) -> Frame:
+        turn = self._turns.get((content, index), 0)
+        self._turns[content, index] = turn + 1
+        return self._framed(content, index, turn, n)
+
+    def _framed(self, content: Content, index: int, turn: int, n: int) -> Frame:
+        return Frame(content, index, turn, n, self.signs.num_bits, self.signs.block)
+
+
+@dataclass
+class Way:
+    """What a bucket's parameters have moved by since ranks last met, times the variance's root.
+
+    start: main parameters then; None where ranks have met in the step before.
+    """
+
+    moved: torch.Tensor
+    start: torch.Tensor | None = None
+
+
+class MeanMomentum:
+    """The ledger of `Published`: momentum of one bit among all ranks, once a divisor is known.
+
+    local_steps: steps from one exchange to the next, at most (0/1 Adam); 1: in each. None: momentum
+    itself is what ranks add up (1-bit Adam, 1-bit LAMB).
+    """
+
+    keeps = True
+
+    def __init__(
+        self, axis: Axis, signs: Signs, switch: Switch, local_steps: int | None = None
+    ) -> None:
+        self.axis, self.switch, self.local_steps = axis, switch, local_steps
+        self.phases = TwoPhase(axis, signs)
+        self.course = Course(switch, axis.degree)
+        self._ways: dict[int, Way] = {}
+        self._steps = 0  # since ranks have met
+        self._rates = 0.0  # of these steps, added up
+        self._squares: dict[int, torch.Tensor] = {}  # of all ranks' gradients, added up
+        self._unused = False
+        self._scale = 1.0
+
+    @staticmethod
+    def takes(bucket: Bucket) -> bool:
+        return bucket.sharing.own_grads
+
+    @property
+    def exactly(self) -> bool:
+        """Does the gradient of this step go exactly?"""
+        return not self.switch.compressed or self.switch.refreshes
+
+    @property
+    def _interval(self) -> int:
+        """Return the steps from one exchange to the next; one while the rate still rises."""
+        if not self.local_steps or self.course.averages.rising:
+            return 1
+        return min(self.local_steps, self.switch.distance)
+
+    def bytes_per_element(self, bucket: Bucket) -> float:
+        return self.phases.bytes_per_element(bucket.numel) if self.takes(bucket) else 2 * FP32
+
+    def bytes_of_update(self, bucket: Bucket) -> int:
+        return 0
+
+    def bytes_kept(self, bucket: Bucket) -> int:
+        if not self.takes(bucket):
+            return 0
+        ways = 0 if self.local_steps is None else 1 if self.local_steps == 1 else 2
+        return self.phases.bytes_kept(bucket.numel) + ways * FP32 * bucket.numel
+
+    # -- a step --------------------------------------------------------------------------------
+
+    def measure(self, buckets: Sequence[Bucket]) -> None:
+        """Note the squares of all ranks' gradients; communicates a number for each bucket."""
+        mine = [bucket for bucket in buckets if self.takes(bucket)]
+        if mine:
+            squares = torch.stack([grad_norm([b.open_grads()]).squares for b in mine])
+            all_reduce(squares, self.axis, "all_reduce of the squares of gradients")
+            self._squares = {b.index: s for b, s in zip(mine, squares, strict=True)}
+
+    def squares(self, bucket: Bucket) -> torch.Tensor | None:
+        """Return an estimate, as of `MomentumWire`; None where the gradient itself has come."""
+        if not self.takes(bucket) or self.exactly:
+            return None
+        return self.course.together * self._squares[bucket.index]
+
+    def divided(self, buckets: Sequence[Bucket], divisor: float) -> None:
+        """Bring momentum to the optimizer: the mean of all ranks', or, between exchanges, its own.
+
+        Communicates as `TwoPhase`, all buckets at once.
+        """
+        self._unused = not torch.tensor(divisor).isfinite()
+        mine = [bucket for bucket in buckets if self.takes(bucket)]
+        if self._unused or not self.switch.compressed:
+            return
+        self.course.expected = divisor
+        self._steps += 1
+        self._rates += self.course.averages.rate
+        meets = self.switch.refreshes or self._steps >= self._interval
+        meets = meets and (self.local_steps is None or self._rates > 0)
+        for bucket in mine:
+            self._add_gradient(bucket, divisor)
+        if not meets:
+            return
+        pending = [(bucket, self._start(bucket)) for bucket in mine]
+        for _, each in pending:
+            each.advance()
+        for bucket, each in pending:
+            self._meet(bucket, each.wait())
+        self._steps, self._rates = 0, 0.0
+
+    def _add_gradient(self, bucket: Bucket, divisor: float) -> None:
+        """Let `main_grads` be this rank's momentum, with this step's gradient."""
+        bucket.momentum = Momentum()
+        if self.switch.refreshes:
+            bucket.momentum.gradient = bucket.main_grads.clone()
+            bucket.momentum.decay = self.course.decay
+        beta = self.course.beta
+        share = (1 - beta) * self.axis.degree / divisor  # gradients are divided by it already
+        mean = self.course.averages.first_moment(bucket)
+        torch.add(mean.mul_(beta), bucket.open_grads(), alpha=share, out=bucket.main_grads)
+        if self.local_steps is None:
+            return
+        if bucket.index not in self._ways:
+            self._ways[bucket.index] = Way(torch.zeros_like(bucket.main_grads))
+        way = self._ways[bucket.index]
+        way.moved.add_(bucket.main_grads, alpha=self.course.averages.rate)
+        if way.start is None and self._interval > 1:
+            way.start = bucket.main_params.clone()
+
+    def _start(self, bucket: Bucket) -> Pending[torch.Tensor]:
+        flat = bucket.main_grads if self.local_steps is None else self._ways[bucket.index].moved
+        return self.phases.start(bucket.index, flat / self.axis.degree)
+
+    def _meet(self, bucket: Bucket, mean: torch.Tensor) -> None:
+        """Update from what all ranks have, with the mean of their momenta, at all their rates."""
+        bucket.main_grads.copy_(mean)
+        bucket.clear_owned_gaps(bucket.main_grads)  # signs are never zero
+        if self.local_steps is None:
+            return
+        assert bucket.momentum is not None
+        bucket.main_grads.div_(self._rates)
+        way = self._ways[bucket.index]
+        way.moved.zero_()
+        bucket.momentum.rate = self._rates
+        if way.start is not None:
+            bucket.main_params.copy_(way.start)
+            way.start = None
+
+    def rescale(self, buckets: Sequence[Bucket], scale: float) -> None:
+        """What is kept is divided already."""
+        self.course.expected *= scale / self._scale
+        self._scale = scale
+
+    # -- what is kept --------------------------------------------------------------------------
+
+    def consolidate(self, bucket: Bucket) -> None:
+        """Let ranks meet, exactly, and give what was lost to the first moment, the same on all.
+
+        Communicates all-reduces of fp32: of what was lost; between exchanges of parameters and of
+        first moments, too.
+        """
+        if not self.takes(bucket) or not self.switch.compressed:
+            return
+        averages, index = self.course.averages, bucket.index
+        mean = averages.first_moment(bucket)
+        unit = self.course.beta
+        if self.local_steps is not None:
+            unit *= averages.rate
+            if self._steps:
+                self._average(bucket.main_params, f"all_reduce of parameters of bucket {index}")
+                self._average(mean, f"all_reduce of the first moment of bucket {index}")
+            self._ways.pop(index, None)
+        lost = self.phases.take_errors(index, bucket.numel, mean.device)
+        if unit > 0:  # else the rate is 0 from now on
+            mean.add_(lost, alpha=1 / unit)
+        bucket.clear_owned_gaps(mean)
+        averages.set_first_moment(bucket, mean)
+
+    def _average(self, tensor: torch.Tensor, what: str) -> None:
+        all_reduce(tensor, self.axis, what)
+        tensor /= self.axis.degree
+
+    def kept(self, bucket: Bucket) -> torch.Tensor | None:
+        return None  # optimizers have it, after `consolidate`
+
+    def restore(self, bucket: Bucket, kept: torch.Tensor | None) -> None:
+        """Optimizers have it."""
+        self.phases.forget(bucket.index)
+        self._ways.pop(bucket.index, None)
+
+    def abandon(self, bucket: Bucket) -> None:
+        """Nothing of a gradient is kept before its divisor is known."""
+        bucket.momentum = None
+
+    # -- as all go on --------------------------------------------------------------------------
+
+    def updated_by(self, averages: Averages) -> None:
+        self.course.updated_by(averages)
+
+    def review(
+        self, buckets: Sequence[Bucket], everybody: Agree, device: torch.device, *, stepped: bool
+    ) -> None:
+        if not stepped:
+            self._steps, self._rates = 0, 0.0
+        elif not self._unused:
+            exactly = self.exactly
+            due = self.course.due()
+            mine = [bucket for bucket in buckets if self.takes(bucket)]
+            if due and exactly:
+                self._decide(mine, everybody, device)
+        for bucket in buckets:
+            bucket.momentum = None
+
+    def _decide(self, mine: Sequence[Bucket], everybody: Agree, device: torch.device) -> None:
+        """See how alike gradients are; end the warm-up once the variance has settled."""
+        here = torch.zeros(3, dtype=torch.float64, device=device)
+        for bucket in mine:
+            gradient = bucket.momentum.gradient if bucket.momentum else bucket.main_grads
+            assert gradient is not None
+            here[0] += self.course.averages.sum_of_variance(bucket)
+            here[1] += grad_norm([gradient]).squares
+            here[2] += self._squares[bucket.index]
+        seen = everybody(here).tolist()
+        self.course.note(seen[1], seen[2])
+        if not self.switch.compressed:
+            good = self.switch.settled(seen[0])
+            if self.course.all_want(good, everybody, device):
+                self.switch.begin("compressed")
+
+    @property
+    def progress(self) -> dict[str, Any] | None:
+        return self.course.saved(self._scale)
+
+    @progress.setter
+    def progress(self, saved: dict[str, Any] | None) -> None:
+        if saved is not None:
+            self.course.restore(saved, self._scale)
+            if self.switch.now.phase in ("shadow", "off"):  # in which another kind was
+                self.switch.begin("exact")
+
+
+class Published(Replicated):
+    """Every rank updates everything, with a mean of momenta in place of one of gradients.
+
+    reduce: as `Replicated`, of what goes exactly; of the rest nothing, but in steps that the
+    variance takes up. The ledger brings the rest after backward, as these algorithms do.
+    """
+
+    def __init__(self, axis: Axis, ledger: MeanMomentum) -> None:
+        super().__init__(axis)
+        self.ledger: MeanMomentum = ledger
+        self._reduced: list[Bucket] = []
+
+    def reduce(self, bucket: Bucket) -> None:
+        self._reduced.append(bucket)
+        if self.ledger.takes(bucket):
+            bucket.main_grads.copy_(bucket.open_grads())
+            if not self.ledger.exactly:
+                return
+        super().reduce(bucket)
+
+    def finish(self) -> None:
+        super().finish()
+        self.ledger.measure(self._reduced)
+        self._reduced.clear()
