@@ -1,13 +1,14 @@
 """Seconds, bytes and losses of compressed training, beside what a user would take instead.
 
-    python benchmarks/compression.py wire [ROUNDS [PICTURE]]   four nodes, links of four speeds
-    python benchmarks/compression.py collective [ROUNDS]       10M elements, nothing to compute
+    python benchmarks/compression.py wire [ROUNDS [NODES [PICTURE]]]   links of four speeds
+    python benchmarks/compression.py collective [ROUNDS [NODES]]       10M elements, no computing
     python benchmarks/compression.py loss WIDTH STEPS SEEDS KIND... [PICTURE]   two ranks, curves
 
-`wire` and `collective` make four network namespaces on this machine (root, iproute2) and limit what
-each may send. In every node one rank trains a GPT of 10M parameters by each way in turn, step by
-step; bytes are those of the network card. Steps that refresh a variance are among them. `loss`
-trains a GPT on the text of Python's standard library.
+`wire` and `collective` make network namespaces on this machine (root, iproute2), four if not said,
+and limit what each may send. In every node one rank trains a GPT of 10M parameters by each way in
+turn, three steps at a time, since updates of one may travel while the next computes; bytes are
+those of the network card. Steps that refresh a variance are among them. `loss` trains a GPT on the
+text of Python's standard library.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +47,14 @@ DRAWN = {
     "DDP fp16 hook": "#dd7684",
     "PowerSGD, rank 4": "#e79a5b",
     "1-bit Adam, op chain": "#8a5fb0",
+    "ours, 1-bit Adam": "#b9a3d0",
     "ours, safe": "#9fd3a8",
     "ours, default": "#57a867",
     "ours, max": "#1d5f2b",
 }
-NODES = 4
 VOCAB, LENGTH, BATCH = 256, 64, 2
-WARM_UP = 2
+WARM_UP = 1  # rounds
+STEPS = 3  # of one way, one after the other
 EVALUATIONS = 8
 ELEMENTS = 10 * 1002 * 1002
 
@@ -67,7 +70,15 @@ def model(seed: int = 0) -> GPT:
 Step = Callable[[torch.Tensor], None]
 
 
-def stepping(wrapped: DistributedDataParallel) -> Step:
+@dataclass(frozen=True)
+class Way:
+    """A way of training: a step, and what is waited for after the last one."""
+
+    step: Step
+    settle: Callable[[], None] = lambda: None
+
+
+def stepping(wrapped: DistributedDataParallel) -> Way:
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3, fused=True)
 
     def step(window: torch.Tensor) -> None:
@@ -75,10 +86,10 @@ def stepping(wrapped: DistributedDataParallel) -> Step:
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return Way(step)
 
 
-def ddp(hook: str) -> Step:
+def ddp(hook: str) -> Way:
     wrapped = DistributedDataParallel(model(), gradient_as_bucket_view=True)
     if hook == "fp16":
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -87,7 +98,7 @@ def ddp(hook: str) -> Step:
     return stepping(wrapped)
 
 
-def powersgd() -> Step:
+def powersgd() -> Way:
     """Rank 4, in one bucket: with several, this hook has aborted over gloo."""
     from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
@@ -155,7 +166,7 @@ class OneBitAdam:
         return ((bits[:, None] >> shifts) & 1).flatten().float() * 2 - 1
 
 
-def ours(mesh: Mesh, kind: str, stage: int, when: str = "always") -> Step:
+def ours(mesh: Mesh, kind: str, stage: int, when: str = "always") -> Way:
     section: Any = {"kind": kind, **({"when": when} if kind in ("default", "max") else {})}
     compression = CompressionSection(**section)
     path = bigtrain.parallelize(model(), mesh, compression=compression, zero=stage)
@@ -166,11 +177,10 @@ def ours(mesh: Mesh, kind: str, stage: int, when: str = "always") -> Step:
         path.finish()
         optimizer.step(done=path.publish)
         path.publish()
-        path.settle()
 
-    if kind in ("default", "max"):
+    if kind in ("default", "max", "onebit"):
         begin(path, step, mesh.rank)
-    return step
+    return Way(step, path.settle)
 
 
 def begin(path: Any, step: Step, rank: int) -> None:
@@ -184,12 +194,13 @@ def begin(path: Any, step: Step, rank: int) -> None:
         print(f"after its warm-up: {path.progress['phase']}", flush=True)
 
 
-def ways(mesh: Mesh) -> dict[str, Step]:
+def ways(mesh: Mesh) -> dict[str, Way]:
     return {
         "DDP fp32": ddp(""),
         "DDP fp16 hook": ddp("fp16"),
         "PowerSGD, rank 4": powersgd(),
-        "1-bit Adam, op chain": OneBitAdam().step,
+        "1-bit Adam, op chain": Way(OneBitAdam().step),
+        "ours, 1-bit Adam": ours(mesh, "onebit", 0),
         "ours, exact": ours(mesh, "none", 0),
         "ours, safe": ours(mesh, "safe", 0),
         "ours, default": ours(mesh, "default", 0),
@@ -200,7 +211,7 @@ def ways(mesh: Mesh) -> dict[str, Step]:
     }
 
 
-def collectives(mesh: Mesh) -> dict[str, Step]:
+def collectives(mesh: Mesh) -> dict[str, Way]:
     """Ways to add up 10M elements and bring the result to all, with nothing to compute."""
     flat = torch.randn(ELEMENTS)
 
@@ -214,13 +225,13 @@ def collectives(mesh: Mesh) -> dict[str, Step]:
         dist.all_reduce(flat)
 
     return {
-        "all_reduce fp32": whole,
-        "all_reduce fp16": halves,
+        "all_reduce fp32": Way(whole),
+        "all_reduce fp16": Way(halves),
         **{f"ours, {kind}": one_bucket(mesh, kind) for kind in ("safe", "default", "max")},
     }
 
 
-def one_bucket(mesh: Mesh, kind: str) -> Step:
+def one_bucket(mesh: Mesh, kind: str) -> Way:
     net = torch.nn.ModuleList(torch.nn.Linear(1002, 1002, bias=False) for _ in range(10))
     section: Any = {"kind": kind, **({"refresh_every": 0} if kind != "safe" else {})}
     path = bigtrain.parallelize(net, mesh, compression=CompressionSection(**section), bucket_mb=4.0)
@@ -239,7 +250,7 @@ def one_bucket(mesh: Mesh, kind: str) -> Step:
             path.sync.publish(bucket)
         path.sync.settle()
 
-    return step
+    return Way(step)
 
 
 def sent() -> int:
@@ -262,15 +273,17 @@ def rank_main(folder: Path, what: str, rounds: int) -> None:
             (folder / f"want-{rate}").touch()
         while not (folder / f"have-{rate}").exists():
             time.sleep(0.01)
-        found: dict[str, list[tuple[float, int]]] = {name: [] for name in steps}
-        for _, (name, step) in itertools.product(range(WARM_UP + rounds), steps.items()):
-            window = torch.randint(VOCAB, (BATCH, LENGTH + 1), generator=draws)
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+        for _, (name, way) in itertools.product(range(WARM_UP + rounds), steps.items()):
+            windows = torch.randint(VOCAB, (STEPS, BATCH, LENGTH + 1), generator=draws)
             dist.barrier()
             before, begin = sent(), time.perf_counter()
-            step(window)
+            for window in windows:
+                way.step(window)
+            way.settle()
             seconds = time.perf_counter() - begin
             dist.barrier()
-            found[name].append((seconds, sent() - before))
+            found[name].append((seconds / STEPS, (sent() - before) / STEPS))
         if mesh.rank == 0:
             cut = {name: values[WARM_UP:] for name, values in found.items()}
             (folder / f"found-{rate}.json").write_text(json.dumps(cut))
@@ -278,16 +291,16 @@ def rank_main(folder: Path, what: str, rounds: int) -> None:
     bigtrain.leave()
 
 
-def between_nodes(what: str, rounds: int, picture: str = "") -> None:
+def between_nodes(what: str, rounds: int, num_nodes: int, picture: str = "") -> None:
     from virtual_nodes import VirtualNodes, why_no_nodes
 
     if why := why_no_nodes():
         raise SystemExit(why)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        nodes = VirtualNodes(folder / "nodes", NODES)
+        nodes = VirtualNodes(folder / "nodes", num_nodes)
         try:
-            ranks = [start(nodes, folder, rank, what, rounds) for rank in range(NODES)]
+            ranks = [start(nodes, folder, rank, what, rounds) for rank in range(num_nodes)]
             for rate in RATES:
                 while not (folder / f"want-{rate}").exists():
                     if any(rank.poll() for rank in ranks):
@@ -301,7 +314,7 @@ def between_nodes(what: str, rounds: int, picture: str = "") -> None:
                 (folder / f"have-{rate}").touch()
             for rank in ranks:
                 rank.wait(1800)
-            report(folder, what)
+            report(folder, what, num_nodes)
             if picture:
                 draw_wire(folder, picture)
         finally:
@@ -311,7 +324,8 @@ def between_nodes(what: str, rounds: int, picture: str = "") -> None:
 def start(nodes: Any, folder: Path, rank: int, what: str, rounds: int) -> subprocess.Popen[bytes]:
     env = {
         **os.environ,
-        **{"RANK": str(rank), "WORLD_SIZE": str(NODES), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+        **{"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+        "WORLD_SIZE": str(len(nodes.names)),
         **{"GROUP_RANK": str(rank), "MASTER_ADDR": nodes.address("n1"), "MASTER_PORT": "29500"},
         **{"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0", "TORCH_CPP_LOG_LEVEL": "ERROR"},
     }
@@ -319,16 +333,18 @@ def start(nodes: Any, folder: Path, rank: int, what: str, rounds: int) -> subpro
     return subprocess.Popen([*nodes.inside(nodes.names[rank]), *words], env=env)
 
 
-def report(folder: Path, what: str) -> None:
+def report(folder: Path, what: str, ranks: int) -> None:
     numel = sum(p.numel() for p in model().parameters()) if what == "wire" else ELEMENTS
     peers = PEERS[what]
-    ideal = 2 * (NODES - 1) / NODES * 4 * numel
-    print(f"{numel:,} elements, {NODES} ranks; bytes beside {ideal / 1e6:.1f} MB of an all-reduce")
+    ideal = 2 * (ranks - 1) / ranks * 4 * numel
+    print(f"{numel:,} elements, {ranks} ranks; bytes beside {ideal / 1e6:.1f} MB of an all-reduce")
     for rate in RATES:
         found = json.loads((folder / f"found-{rate}.json").read_text())
         medians = {n: statistics.median(s for s, _ in values) for n, values in found.items()}
         count = len(found[peers[0]])
-        print(f"\n{rate or 'not limited'}: median of {count}, {' and '.join(peers)} over it, bytes")
+        print(
+            f"\n{rate or 'not limited'}: a step, median of {count} x {STEPS}; peers over it; bytes"
+        )
         for name, values in found.items():
             share = statistics.median(size for _, size in values) / ideal
             ratios = [medians[peer] / medians[name] for peer in peers]
@@ -412,7 +428,8 @@ def validate(
     train, held_out = text[: -len(text) // 10], text[-len(text) // 10 :]
     torch.manual_seed(seed)
     net = GPT(VOCAB, LENGTH, 3, width, 8)
-    path = bigtrain.parallelize(net, mesh, compression=section_of(kind), zero=1)
+    shares = kind not in ("onebit", "zero_one")
+    path = bigtrain.parallelize(net, mesh, compression=section_of(kind), zero=int(shares))
     if kind == "policy":
         from parity_codecs import Lossless
 
@@ -460,7 +477,8 @@ if __name__ == "__main__":
     if verb == "rank":
         rank_main(Path(rest[0]), rest[1], int(rest[2]))
     elif verb in ("wire", "collective"):
-        between_nodes(verb, int(rest[0]) if rest else 5, drawing)
+        numbers = [int(n) for n in rest]
+        between_nodes(verb, *(numbers + [5, 4][len(numbers) :]), drawing)
     else:
         width, steps, seeds = (int(n) for n in rest[:3])
         loss(width, steps, seeds, rest[3:], drawing)
