@@ -63,7 +63,7 @@ class Sharing:
     Gradients and parameters that are `sharded` are there as blocks only, but for the moments of
     their use. Of what is `compressed`, main parameters and what ranks compute with differ by a
     little that is still to be sent. With `own_grads` a rank's gradients outlast their sum, until
-    the update.
+    the update; where nothing is shared out, too, momentum may come in place of it.
     """
 
     axis: Axis
@@ -94,13 +94,14 @@ class Momentum:
     fades: where what came is no good, the mean of the step before is multiplied by that instead.
     gradient: of this step alone [n], undivided, where the second moment is to take it up; what that
     moment keeps of itself is `decay` then. Without, it stays as it is. rate: of this update, where
-    it is that of several steps.
+    it is that of several steps. alone: the mean is of this rank, not the same on all.
     """
 
     fades: float | None = None
     gradient: torch.Tensor | None = None
     decay: float = 1.0
     rate: float | None = None
+    alone: bool = False
 
 
 @dataclass(eq=False)
@@ -130,6 +131,7 @@ class Bucket:
     new_state: NewState
     rounded: bool = False  # `low_params`, by who updated `main_params`
     collected: bool = False  # `main_grads` has gradients of this step
+    last: bool = True  # are gradients that leave the last ones of this step?
     momentum: Momentum | None = None  # where it has their mean over steps
     gaps: list[tuple[int, int]] = field(default_factory=list)  # padding: [start, stop)
 

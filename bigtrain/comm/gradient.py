@@ -213,6 +213,7 @@ class GradientPath:
         """Return when every gradient is its mean over the axis.
 
         With an fp32 model `param.grad` shows it; otherwise only the fp32 main gradients have it.
+        Where momentum comes in place of a gradient, nothing shows it.
 
         Raises:
             CommError: a rank died or did not come in time.
@@ -229,8 +230,9 @@ class GradientPath:
         self._unpublished = list(reversed(self.buckets))  # in the order of the next forward
         for bucket in self.buckets:
             self._take_up_changes(bucket)
-            alone = bucket.sharing.inner.degree == 1 and bucket.grads is not None
-            if alone and bucket.params.dtype == torch.float32:
+            sharing = bucket.sharing
+            whole = sharing.inner.degree == 1 and bucket.grads is not None
+            if whole and not sharing.own_grads and bucket.params.dtype == torch.float32:
                 for slot in bucket.slots:
                     slot.param.grad = slot.view(bucket.main_grads)
 
@@ -482,6 +484,7 @@ class GradientPath:
                 if not other.touched:
                     other.view(grads).zero_()
                 other.touched = other.touched and not sharded
+            each.last = not sharded or all(other.param in self._final for other in each.slots)
             self.sync.reduce(each)
 
     def _take_up_changes(self, bucket: Bucket) -> None:

@@ -20,6 +20,7 @@ class Averages(Protocol):
     """An optimizer with running means of the gradient and of its square, as a wire sees it."""
 
     takes_momentum: bool  # can it do with a mean of the gradient that comes over the wire?
+    takes_own_momentum: bool  # and for some steps with one that is this rank's alone?
     num_updates: int
     rate: float  # of the update under way, or of the last
     rising: bool  # is the rate above that of the update before?
@@ -46,9 +47,6 @@ class Ledger(Protocol):
     """
 
     keeps: bool  # anything between steps
-
-    def bytes_per_element(self, bucket: Bucket) -> float:
-        """Return the bytes of an element of the gradient on the wire."""
 
     def bytes_of_update(self, bucket: Bucket) -> int:
         """Return the bytes that are held from `publish` until the parameters are used."""
@@ -114,6 +112,15 @@ class Wire(Ledger, Protocol):
 
     once_a_step: bool  # of what is compressed: are gradients of a whole step needed together?
 
+    def bytes_per_element(self, bucket: Bucket) -> float:
+        """Return the bytes of an element of the gradient on the wire."""
+
+    def hold(self, bucket: Bucket, rows: torch.Tensor) -> bool:
+        """Keep gradients [nodes, n], to which others of this step will come, until these leave.
+
+        False: it cannot, so they must leave now.
+        """
+
     def leave(self, bucket: Bucket, rows: torch.Tensor, axis: Axis) -> Pending[list[torch.Tensor]]:
         """Begin to send each rank its row of the gradients; the result is what came from all.
 
@@ -138,6 +145,9 @@ class PlainWire:
 
     keeps = False
     once_a_step = False
+
+    def hold(self, bucket: Bucket, rows: torch.Tensor) -> bool:
+        return False
 
     def bytes_of_update(self, bucket: Bucket) -> int:
         sharing = bucket.sharing

@@ -367,7 +367,7 @@ MESSAGES = tuple(k for k in OWNED if k != "powersgd")
 COMPRESSION_KEYS: dict[str, tuple[tuple[CompressionKind, ...], str]] = {
     "node_degree": (
         MESSAGES,
-        "it is between ranks that have everything",
+        "what it sends needs all ranks, and whole parameters",
     ),
     "block": (("safe", "int8", *MOMENTUM, *PUBLISHED), "no elements share a scale"),
     "transport": (
@@ -377,7 +377,7 @@ COMPRESSION_KEYS: dict[str, tuple[tuple[CompressionKind, ...], str]] = {
     "least_numel": (COMPRESSED, ""),
     "resync_every": (OWNED, "no parameters travel"),
     "warmup_steps": ((*MOMENTUM, "onebit"), "it compresses from the first step on"),
-    "refresh_every": (MOMENTUM, "it compresses gradients, not momentum"),
+    "refresh_every": (MOMENTUM, "it has no variance that is brought up to date so often"),
     "when": (MOMENTUM, "it does not see whether that pays"),
     "density": (("topk",), "it sends something of every element"),
     "rank": (("powersgd",), "it does not look at gradients as matrices"),
@@ -402,7 +402,7 @@ def _momentum(config: Config) -> Iterator[Problem]:
     if kind == "zero_one" and config.optimizer.kind == "lamb":
         yield Problem(
             "compression.kind = zero_one with optimizer.kind = lamb",
-            why="the length of a step would be another on each rank",
+            why="ranks go their own ways, and the length of a step would be another on each",
             mend="set optimizer.kind=adamw, or compression.kind=onebit",
             keys=("optimizer.kind", name),
         )

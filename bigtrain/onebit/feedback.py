@@ -69,6 +69,15 @@ class FeedbackWire:
 
     # -- gradients -----------------------------------------------------------------------------
 
+    def hold(self, bucket: Bucket, rows: torch.Tensor) -> bool:
+        """Keep them with what was lost: so, of several microbatches, only the last one is sent."""
+        if not bucket.sharing.compressed:
+            return self.plain.hold(bucket, rows)
+        kept = self.kept_of(bucket)
+        assert kept.scales is None, "what keeps signs sends once a step"
+        kept.values.add_(rows)
+        return True
+
     def leave(self, bucket: Bucket, rows: torch.Tensor, axis: Axis) -> Pending[list[torch.Tensor]]:
         if not bucket.sharing.compressed:
             return self.plain.leave(bucket, rows, axis)

@@ -14,6 +14,7 @@ to clip by (these have none).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from bigtrain.comm.collectives import (
 from bigtrain.comm.mesh import Axis
 from bigtrain.comm.sync import Replicated
 from bigtrain.comm.wire import Agree, Averages
+from bigtrain.errors import BigtrainError
 from bigtrain.onebit.codec import Kept, Signs
 from bigtrain.onebit.course import Course
 from bigtrain.onebit.frame import Content, Frame
@@ -38,6 +40,7 @@ from bigtrain.onebit.switch import Switch
 from bigtrain.ops.grad_norm import grad_norm
 
 FP32 = 4
+LOOK = 256  # steps of 1-bit Adam and LAMB of which one sends the gradient exactly, too
 
 
 class TwoPhase:
@@ -61,9 +64,6 @@ class TwoPhase:
         degree, part = self.axis.degree, self.part(numel)
         scales = -(-part // self.signs.block)
         return FP32 * (degree + 1) * (part + scales)
-
-    def bytes_per_element(self, numel: int) -> float:
-        return 2 * self._framed("momentum", 0, 0, self.part(numel)).size * self.axis.degree / numel
 
     def start(self, index: int, flat: torch.Tensor) -> Pending[torch.Tensor]:
         """Begin to add up `flat` [numel] of all ranks; the result is the sum, the same on all."""
@@ -135,13 +135,16 @@ class TwoPhase:
 
 @dataclass
 class Way:
-    """What a bucket's parameters have moved by since ranks last met, times the variance's root.
+    """What a rank has gone on its own in a bucket, since all ranks met.
 
-    start: main parameters then; None where ranks have met in the step before.
+    moved: of parameters, times the variance's root: momenta times rates, which add up to `rates`.
+    start: main parameters then; None where ranks met in the step before.
     """
 
     moved: torch.Tensor
     start: torch.Tensor | None = None
+    steps: int = 0
+    rates: float = 0.0
 
 
 class MeanMomentum:
@@ -160,9 +163,9 @@ class MeanMomentum:
         self.phases = TwoPhase(axis, signs)
         self.course = Course(switch, axis.degree)
         self._ways: dict[int, Way] = {}
-        self._steps = 0  # since ranks have met
-        self._rates = 0.0  # of these steps, added up
+        self._rate = 0.0  # of the last step that had any
         self._squares: dict[int, torch.Tensor] = {}  # of all ranks' gradients, added up
+        self._exact: dict[int, torch.Tensor] = {}  # and of their sum, where it is known
         self._unused = False
         self._scale = 1.0
 
@@ -172,8 +175,10 @@ class MeanMomentum:
 
     @property
     def exactly(self) -> bool:
-        """Does the gradient of this step go exactly?"""
-        return not self.switch.compressed or self.switch.refreshes
+        """Does the gradient of this step go exactly? Now and then it does to tell its length."""
+        switch = self.switch
+        looks = self.local_steps is None and switch.now.steps % LOOK == LOOK - 1
+        return not switch.compressed or switch.refreshes or looks
 
     @property
     def _interval(self) -> int:
@@ -182,11 +187,10 @@ class MeanMomentum:
             return 1
         return min(self.local_steps, self.switch.distance)
 
-    def bytes_per_element(self, bucket: Bucket) -> float:
-        return self.phases.bytes_per_element(bucket.numel) if self.takes(bucket) else 2 * FP32
-
     def bytes_of_update(self, bucket: Bucket) -> int:
-        return 0
+        """Return those of an exact gradient, until the variance has taken it up."""
+        takes_up = self.takes(bucket) and self.local_steps is not None
+        return FP32 * bucket.numel if takes_up else 0
 
     def bytes_kept(self, bucket: Bucket) -> int:
         if not self.takes(bucket):
@@ -199,10 +203,13 @@ class MeanMomentum:
     def measure(self, buckets: Sequence[Bucket]) -> None:
         """Note the squares of all ranks' gradients; communicates a number for each bucket."""
         mine = [bucket for bucket in buckets if self.takes(bucket)]
-        if mine:
-            squares = torch.stack([grad_norm([b.open_grads()]).squares for b in mine])
-            all_reduce(squares, self.axis, "all_reduce of the squares of gradients")
-            self._squares = {b.index: s for b, s in zip(mine, squares, strict=True)}
+        if not mine:
+            return
+        squares = torch.stack([grad_norm([b.open_grads()]).squares for b in mine])
+        all_reduce(squares, self.axis, "all_reduce of the squares of gradients")
+        self._squares = {b.index: s for b, s in zip(mine, squares, strict=True)}
+        if self.exactly:
+            self._exact = {b.index: grad_norm([b.main_grads]).squares for b in mine}
 
     def squares(self, bucket: Bucket) -> torch.Tensor | None:
         """Return an estimate, as of `MomentumWire`; None where the gradient itself has come."""
@@ -215,29 +222,25 @@ class MeanMomentum:
 
         Communicates as `TwoPhase`, all buckets at once.
         """
-        self._unused = not torch.tensor(divisor).isfinite()
-        mine = [bucket for bucket in buckets if self.takes(bucket)]
-        if self._unused or not self.switch.compressed:
+        self._unused = not math.isfinite(divisor)
+        if self._unused:
             return
         self.course.expected = divisor
-        self._steps += 1
-        self._rates += self.course.averages.rate
-        meets = self.switch.refreshes or self._steps >= self._interval
-        meets = meets and (self.local_steps is None or self._rates > 0)
+        if not self.switch.compressed:
+            return
+        self._rate = self.course.averages.rate or self._rate
+        mine = [bucket for bucket in buckets if self.takes(bucket)]
         for bucket in mine:
             self._add_gradient(bucket, divisor)
-        if not meets:
-            return
-        pending = [(bucket, self._start(bucket)) for bucket in mine]
+        pending = [(b, self._start(b)) for b in mine if self._meets(b)]
         for _, each in pending:
             each.advance()
         for bucket, each in pending:
             self._meet(bucket, each.wait())
-        self._steps, self._rates = 0, 0.0
 
     def _add_gradient(self, bucket: Bucket, divisor: float) -> None:
         """Let `main_grads` be this rank's momentum, with this step's gradient."""
-        bucket.momentum = Momentum()
+        bucket.momentum = Momentum(alone=True)
         if self.switch.refreshes:
             bucket.momentum.gradient = bucket.main_grads.clone()
             bucket.momentum.decay = self.course.decay
@@ -249,10 +252,18 @@ class MeanMomentum:
             return
         if bucket.index not in self._ways:
             self._ways[bucket.index] = Way(torch.zeros_like(bucket.main_grads))
-        way = self._ways[bucket.index]
-        way.moved.add_(bucket.main_grads, alpha=self.course.averages.rate)
+        way, rate = self._ways[bucket.index], self.course.averages.rate
+        way.moved.add_(bucket.main_grads, alpha=rate)
+        way.steps, way.rates = way.steps + 1, way.rates + rate
         if way.start is None and self._interval > 1:
             way.start = bucket.main_params.clone()
+
+    def _meets(self, bucket: Bucket) -> bool:
+        """Do ranks meet in this step? The same in all buckets, and on all ranks."""
+        if self.local_steps is None:
+            return True
+        way = self._ways[bucket.index]
+        return way.rates > 0 and (self.switch.refreshes or way.steps >= self._interval)
 
     def _start(self, bucket: Bucket) -> Pending[torch.Tensor]:
         flat = bucket.main_grads if self.local_steps is None else self._ways[bucket.index].moved
@@ -260,18 +271,18 @@ class MeanMomentum:
 
     def _meet(self, bucket: Bucket, mean: torch.Tensor) -> None:
         """Update from what all ranks have, with the mean of their momenta, at all their rates."""
+        assert bucket.momentum is not None
+        bucket.momentum.alone = False
         bucket.main_grads.copy_(mean)
         bucket.clear_owned_gaps(bucket.main_grads)  # signs are never zero
         if self.local_steps is None:
             return
-        assert bucket.momentum is not None
-        bucket.main_grads.div_(self._rates)
         way = self._ways[bucket.index]
-        way.moved.zero_()
-        bucket.momentum.rate = self._rates
+        bucket.main_grads.div_(way.rates)
+        bucket.momentum.rate = way.rates
         if way.start is not None:
             bucket.main_params.copy_(way.start)
-            way.start = None
+        self._ways[bucket.index] = Way(way.moved.zero_())
 
     def rescale(self, buckets: Sequence[Bucket], scale: float) -> None:
         """What is kept is divided already."""
@@ -289,19 +300,25 @@ class MeanMomentum:
         if not self.takes(bucket) or not self.switch.compressed:
             return
         averages, index = self.course.averages, bucket.index
-        mean = averages.first_moment(bucket)
-        unit = self.course.beta
-        if self.local_steps is not None:
-            unit *= averages.rate
-            if self._steps:
-                self._average(bucket.main_params, f"all_reduce of parameters of bucket {index}")
-                self._average(mean, f"all_reduce of the first moment of bucket {index}")
-            self._ways.pop(index, None)
+        mean, way = averages.first_moment(bucket), self._ways.pop(index, None)
+        if way is not None and way.steps:
+            self._average(bucket.main_params, f"all_reduce of parameters of bucket {index}")
+            self._average(mean, f"all_reduce of the first moment of bucket {index}")
         lost = self.phases.take_errors(index, bucket.numel, mean.device)
-        if unit > 0:  # else the rate is 0 from now on
-            mean.add_(lost, alpha=1 / unit)
+        if owed := self._owed():
+            mean.add_(lost, alpha=1 / owed)
         bucket.clear_owned_gaps(mean)
         averages.set_first_moment(bucket, mean)
+
+    def _owed(self) -> float:
+        """Return what 1 more in the first moment brings until ranks meet next, as they add it up.
+
+        It fades in each step: that is beta; or, of n steps at a rate, beta + ... + beta^n of it.
+        """
+        beta = self.course.beta
+        if self.local_steps is None:
+            return beta
+        return self._rate * beta * (1 - beta**self._interval) / (1 - beta)
 
     def _average(self, tensor: torch.Tensor, what: str) -> None:
         all_reduce(tensor, self.axis, what)
@@ -323,29 +340,31 @@ class MeanMomentum:
 
     def updated_by(self, averages: Averages) -> None:
         self.course.updated_by(averages)
+        if self.local_steps is not None and not averages.takes_own_momentum:
+            raise BigtrainError(
+                f"{type(averages).__name__} cannot be updated as 0/1 Adam",
+                why="the length of a step would be another on each rank",
+                mend="use AdamW, or compression onebit",
+            )
 
     def review(
         self, buckets: Sequence[Bucket], everybody: Agree, device: torch.device, *, stepped: bool
     ) -> None:
-        if not stepped:
-            self._steps, self._rates = 0, 0.0
-        elif not self._unused:
-            exactly = self.exactly
+        exactly = self.exactly
+        mine = [bucket for bucket in buckets if self.takes(bucket)]
+        if stepped and not self._unused:
             due = self.course.due()
-            mine = [bucket for bucket in buckets if self.takes(bucket)]
-            if due and exactly:
+            if due or (exactly and self.switch.compressed):
                 self._decide(mine, everybody, device)
-        for bucket in buckets:
+        for bucket in mine:
             bucket.momentum = None
 
     def _decide(self, mine: Sequence[Bucket], everybody: Agree, device: torch.device) -> None:
         """See how alike gradients are; end the warm-up once the variance has settled."""
         here = torch.zeros(3, dtype=torch.float64, device=device)
         for bucket in mine:
-            gradient = bucket.momentum.gradient if bucket.momentum else bucket.main_grads
-            assert gradient is not None
             here[0] += self.course.averages.sum_of_variance(bucket)
-            here[1] += grad_norm([gradient]).squares
+            here[1] += self._exact[bucket.index]
             here[2] += self._squares[bucket.index]
         seen = everybody(here).tolist()
         self.course.note(seen[1], seen[2])

@@ -13,7 +13,7 @@ from bigtrain.optim.optimizer import Optimizer, Source
 class AdamW(Optimizer):
     """AdamW (https://arxiv.org/abs/1711.05101), with bias correction, moments in fp32."""
 
-    takes_momentum = True
+    takes_momentum = takes_own_momentum = True
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ class Optimizer(ABC):
     """
 
     takes_momentum = False  # can it update from a mean of gradients that it has not made?
+    takes_own_momentum = False  # and from one that is another on each rank, for some steps?
 
     def __init__(self, source: Source, lr: float, weight_decay: float, kernels: Kernels) -> None:
         path = source if isinstance(source, GradientPath) else None
@@ -121,18 +122,21 @@ class Optimizer(ABC):
             mean.mul_(momentum.fades)
             return
         mean.copy_(segment.main_grads)
-        self._bound(index)
+        self._bound(index, alone=momentum.alone)
 
-    def _bound(self, index: int) -> None:
+    def _bound(self, index: int, *, alone: bool = False) -> None:
         """Hold a first moment that came in few bits to what it can be beside the second.
 
         Signs are never zero, and share a scale with their neighbours. The mean of gradients of any
         sizes is `most` roots of the mean of their squares at most (Cauchy and Schwarz). Where there
-        never was a gradient, this is taken for the first one.
+        never was a gradient, this is taken for the first one; or for none, if other ranks do not
+        have it (`alone`), since the second moment is the same on all.
         """
         mean, square = self._moment("exp_avg", index), self._moment("exp_avg_sq", index)
         beta1, beta2 = self.decays
-        torch.where(square > 0, square, mean**2 * ((1 - beta2) / (1 - beta1) ** 2), out=square)
+        if not alone:
+            first = mean**2 * ((1 - beta2) / (1 - beta1) ** 2)
+            torch.where(square > 0, square, first, out=square)
         apart = (1 - beta2) * (1 - beta1**2 / beta2) if beta2 > beta1**2 else 0.0
         most = max(MOST_ROOTS, (1 - beta1) / apart**0.5 if apart > 0 else 0.0)
         roots = square.sqrt().mul_(most)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from bigtrain.comm.buckets import Bucket
 from bigtrain.comm.gradient import GradientPath
-from bigtrain.comm.wire import Ledger
+from bigtrain.comm.sync import GradientSync
 from bigtrain.config.schema import ZeroSection
 from bigtrain.pipeline.table import Action
 from bigtrain.zero.keeper import WINDOW
 from bigtrain.zero.order import CARRIED
+from bigtrain.zero.sharded import Sharded
 
 FP32 = 4
 Size = Callable[[Bucket], float]
@@ -97,7 +98,7 @@ def predict(
         gradients=sum(map(_gradients, trained)) + (FP32 * owned if away else 0),
         errors=sum(ledger.bytes_kept(b) for b in trained) if ledger is not None else 0,
         moments=moments,
-        gradients_in_flight=_gradients_in_flight(trained, zero, ledger, num_microbatches, row),
+        gradients_in_flight=_gradients_in_flight(trained, zero, path.sync, num_microbatches, row),
         parameters_in_flight=itemsize * _whole_at_once(path, every, zero, row) + updates,
         offloaded=zero.offload == "file" or away,
     )
@@ -127,7 +128,7 @@ def _filling(bucket: Bucket) -> int:
 def _gradients_in_flight(
     trained: Sequence[Bucket],
     zero: ZeroSection,
-    ledger: Ledger | None,
+    sync: GradientSync,
     num_microbatches: int,
     row: Sequence[Action],
 ) -> int:
@@ -137,7 +138,7 @@ def _gradients_in_flight(
     filled between them.
     """
     shared = [bucket for bucket in trained if bucket.sharing.inner.degree > 1]
-    on_wire = _wire_size(zero, ledger)
+    on_wire = _wire_size(zero, sync)
     # The first follow on the last of the microbatch before, or, of several stages, on any.
     again = [bucket for bucket in shared if bucket.sharing.sharded_grads]
     again = again * min(num_microbatches - 1, zero.in_flight + 1)
@@ -162,12 +163,12 @@ def _is_cast(bucket: Bucket, zero: ZeroSection) -> bool:
     return zero.reduce_dtype != "fp32" or bucket.sharing.compressed
 
 
-def _wire_size(zero: ZeroSection, ledger: Ledger | None) -> Size:
+def _wire_size(zero: ZeroSection, sync: GradientSync) -> Size:
     """Return the bytes held from leaving to arriving, beside a gradient that stays anyway."""
 
     def size(bucket: Bucket) -> float:
-        assert ledger is not None  # there is one wherever a bucket is shared
-        per_element, cast = ledger.bytes_per_element(bucket), _is_cast(bucket, zero)
+        assert isinstance(sync, Sharded), "wherever a bucket is shared out"
+        per_element, cast = sync.wire.bytes_per_element(bucket), _is_cast(bucket, zero)
         nodes, on_cpu = bucket.sharing.nodes, bucket.params.device.type == "cpu"
         degree, several = nodes.across.degree, nodes.node.degree > 1
         copied = cast or (bucket.sharing.sharded_grads and not several)

@@ -27,8 +27,9 @@ class Sharded:
     """Each rank owns a block of every bucket: it updates that one, and holds its state alone.
 
     reduce: each rank sends every other the block that it owns; blocks are summed in fp32. (n-1)/n
-    of the bucket's bytes per rank, in every microbatch where gradients are sharded (stages 2, 3).
-    On nodes of several ranks, these first add up there what each sends across nodes. At most
+    of the bucket's bytes per rank, in every microbatch where gradients are sharded (stages 2, 3),
+    but not where the wire holds them until the last one. On nodes of several ranks, these first add
+    up there what each sends across nodes. At most
     `in_flight` buckets are on their way at once, where ranks go through the model in one order.
     With an outer axis (hybrid sharding, parameters that stages share) owners of the same block then
     all-reduce it.
@@ -79,9 +80,17 @@ class Sharded:
         nodes, grads = bucket.sharing.nodes, bucket.open_grads()
         bucket.clear_gaps()
         if nodes.node.degree == 1:
-            return self.wire.leave(bucket, leaving(grads, nodes), nodes.across)
-        summed = start_sum_on_node(grads, nodes, f"sum of gradient bucket {bucket.index}")
-        return Chain(summed, lambda rows: self.wire.leave(bucket, rows, nodes.across))
+            return self._send(bucket, leaving(grads, nodes), last=bucket.last)
+        summed, last = start_sum_on_node(grads, nodes, f"sum of bucket {bucket.index}"), bucket.last
+        return Chain(summed, lambda rows: self._send(bucket, rows, last=last))
+
+    def _send(
+        self, bucket: Bucket, rows: torch.Tensor, *, last: bool
+    ) -> Pending[list[torch.Tensor]]:
+        across = bucket.sharing.nodes.across
+        if not last and self.wire.hold(bucket, rows):
+            return Pending((), "nothing", across, list)
+        return self.wire.leave(bucket, rows, across)
 
     def _advance(self) -> None:
         for _, pending in self._leaving:
@@ -91,6 +100,8 @@ class Sharded:
         """Add up this rank's block of the bucket that left first."""
         bucket, pending = self._leaving.popleft()
         rows, sharing, block = pending.wait(), bucket.sharing, bucket.main_grads
+        if not rows:
+            return  # they are held
         first = not bucket.collected
         if sharing.outer.degree == 1 and block.device == rows[0].device:
             self.wire.add_up(bucket, rows, block, first=first)

@@ -14,6 +14,7 @@ from test_compressed_momentum import BETAS, DEFAULT, at_once, wire_of
 from test_compressed_training import config_of
 from test_compression_kinds import SECTIONS
 from test_fp16 import near
+from test_published import ONEBIT, ZERO_ONE, ledger_of
 
 from bigtrain.comm.mesh import Mesh
 from bigtrain.compose import parallelize
@@ -26,6 +27,7 @@ SAFE = {"kind": "safe", "block": 64, "least_numel": 100}
 ALL: dict[str, dict[str, Any]] = {
     **{kind: section for kind, section in SECTIONS.items() if kind != "fp16"},
     **{"safe": SAFE, "default": DEFAULT, "max": {**DEFAULT, "kind": "max"}},
+    **{"onebit": ONEBIT, "zero_one": {**ZERO_ONE, "local_steps": 3}},
 }
 SCALES = [64.0, 64.0, 128.0, 128.0, 32.0, 32.0, 32.0, 1.0, 2.0, 4.0]
 
@@ -33,11 +35,14 @@ SCALES = [64.0, 64.0, 128.0, 128.0, 32.0, 32.0, 32.0, 1.0, 2.0, 4.0]
 def scaled(mesh: Mesh, section: dict[str, Any], scales: list[float]) -> list[torch.Tensor]:
     """Train with losses that are multiplied by these, in fp32; return main parameters."""
     compression, found = CompressionSection.model_validate(section), []
-    path = parallelize(gpt(), mesh, zero=1, compression=compression, bucket_mb=0.04)
+    stage = 0 if section["kind"] in ("onebit", "zero_one") else 1
+    path = parallelize(gpt(), mesh, zero=stage, compression=compression, bucket_mb=0.04)
     optimizer = AdamW(path)
     for step, scale in enumerate(scales):
         if step == 3 and section["kind"] in ("default", "max"):
             at_once(path)
+        if step == 3 and section["kind"] == "onebit":
+            ledger_of(path).switch.begin("compressed")
         draws = torch.Generator().manual_seed(step * 7 + mesh.dp.rank)
         tokens = torch.randint(0, VOCAB, (2, 8), generator=draws)
         path.rescale(scale)

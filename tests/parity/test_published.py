@@ -363,6 +363,97 @@ def phases_of(mesh: Mesh) -> list[str]:
     return found
 
 
+# -- between exchanges -------------------------------------------------------------------------
+
+
+def new_rows(mesh: Mesh) -> list[float]:
+    """Rows that one rank sees first, between two exchanges, in blocks of signs of their own."""
+    torch.manual_seed(0)
+    compression = CompressionSection.model_validate(ZERO_ONE)
+    path = parallelize(torch.nn.Embedding(256, 16), mesh, compression=compression)
+    optimizer = AdamW(path, lr=0.01, weight_decay=0.0)
+    for step in range(58):
+        draws = torch.Generator().manual_seed(step * 2 + mesh.rank)
+        rows = torch.randint(0, 128, (16,), generator=draws)
+        if step >= 20:
+            rows = torch.cat([rows, torch.randint(128, 256, (2,), generator=draws)])
+        path.backward(path.model(rows).square().mean())
+        path.finish()
+        optimizer.step()
+        path.publish()
+        path.publish()  # once more, as where something was loaded: the count of steps goes on
+    apart = gap(mesh, main_params(path))
+    path.consolidate()
+    state = [main_params(path), *(flat for flats in optimizer.moments.values() for flat in flats)]
+    return [apart, *(gap(mesh, flat) for flat in state if flat is not None)]
+
+
+def gap(mesh: Mesh, flat: torch.Tensor) -> float:
+    """Return how far ranks are apart at most."""
+    [a, b] = all_gather_object(flat.clone(), mesh.dp, "comparison")
+    return float((a - b).abs().max())
+
+
+def test_ranks_are_alike_again_after_their_own_ways(tmp_path: Path) -> None:
+    for apart, *after in run_ranks(new_rows, 2, tmp_path):
+        assert 0 < apart < 0.15, "fifteen steps of 0.01 at most"
+        assert after == [0.0] * 3
+
+
+def saved_or_not(mesh: Mesh, section: dict[str, Any], saves: bool) -> list[float]:
+    """Return how far from its goal a run is, some steps after it was saved, and not."""
+    path, optimizer = mean_path(mesh, section, lossless=False)
+    goal, found = 2 * torch.eye(30, 40), []
+    for step in range(320):
+        if step == 20 and section["kind"] == "onebit":
+            at_once(path)
+        if step == 280 and saves:
+            path.consolidate()
+        take_step(path, optimizer, mesh, step, 0.002)
+        found.append(float((main_params(path).view(30, 40) - goal).square().mean()))
+    return found
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_save_does_not_throw_a_run_off(name: str, tmp_path: Path) -> None:
+    saved, not_saved = (
+        run_ranks(saved_or_not, 2, tmp_path, args=(BOTH[name], saves))[0] for saves in (True, False)
+    )
+    assert saved[:280] == not_saved[:280]
+    assert saved[280:] != not_saved[280:]
+    assert saved[280:] == pytest.approx(not_saved[280:], rel=0.1)
+
+
+def norms(mesh: Mesh) -> list[tuple[float, float]]:
+    """Gradients are alike in the warm-up, and later noise; return the norm that is told, and is."""
+    path, optimizer = mean_path(mesh, ONEBIT, lossless=False)
+    common, found = torch.randn(30, 40, generator=torch.Generator().manual_seed(5)), []
+    for step in range(300):
+        if step == 20:
+            at_once(path)
+        own = 0.001 * common if step > 30 else common
+        own = own + torch.randn(
+            30, 40, generator=torch.Generator().manual_seed(step * 8 + mesh.rank)
+        )
+        path.backward((path.model.weight * own).sum())
+        path.finish()
+        told = float(path.grad_norm())
+        assert path.model.weight.grad is None, "it would not be the mean of all ranks"
+        every = torch.stack(all_gather_object(own, mesh.dp, "gradients"))
+        found.append((told, float(every.mean(0).norm())))
+        optimizer.step(1e-3)
+        path.publish()
+    return found
+
+
+def test_a_norm_is_found_again_once_gradients_are_less_alike(tmp_path: Path) -> None:
+    found = run_ranks(norms, 4, tmp_path)[0]
+    assert found[10][0] == pytest.approx(found[10][1], rel=1e-4)
+    assert found[20 + 255][0] == pytest.approx(found[20 + 255][1], rel=1e-4), "it came exactly"
+    for told, real in found[20 + 256 :]:
+        assert told == pytest.approx(real, rel=0.1)
+
+
 # -- checkpoints -------------------------------------------------------------------------------
 
 
@@ -511,14 +602,19 @@ def refusals(mesh: Mesh) -> list[str]:
     path = parallelize(gpt(), mesh, compression=CompressionSection.model_validate(ONEBIT))
     with pytest.raises(BigtrainError) as caught:
         SGD(path)
+    told.append(str(caught.value))
+    path = parallelize(gpt(), mesh, compression=CompressionSection.model_validate(ZERO_ONE))
+    with pytest.raises(BigtrainError) as caught:
+        OneBitLAMB(path)
     return [*told, str(caught.value)]
 
 
 def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
-    for with_zero, with_nodes, with_sgd in run_ranks(refusals, 4, tmp_path):
+    for with_zero, with_nodes, with_sgd, with_lamb in run_ranks(refusals, 4, tmp_path):
         assert "compression=default or max" in with_zero
         assert "node_degree" in with_nodes
         assert "SGD" in with_sgd
+        assert "compression onebit" in with_lamb
 
 
 # -- what it costs -----------------------------------------------------------------------------
@@ -567,6 +663,9 @@ def memory(mesh: Mesh, config: Config) -> tuple[int, int]:
         trainer.train_step()
     held = [*ledger.phases._sent.values(), *ledger.phases._summed.values()]
     ways = [t for way in ledger._ways.values() for t in (way.moved, way.start) if t is not None]
+    gradients = 4 * sum(b.numel for b in trainer.path.buckets if b.sharing.own_grads)
+    assert trainer.memory is not None
+    assert trainer.memory.in_flight == (gradients if config.compression.kind == "zero_one" else 0)
     assert trainer.memory is not None
     total = sum(kept.num_bytes for kept in held) + sum(t.nbytes for t in ways)
     return total, trainer.memory.errors
