@@ -19,6 +19,7 @@ from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Axis, Mesh
 from bigtrain.comm.p2p import Links
 from bigtrain.comm.transport import over_mpi
+from bigtrain.config.check_compression import PUBLISHED, idle_keys, refused_with_zero
 from bigtrain.config.schema import CompressionKind, CompressionSection, ZeroSection
 from bigtrain.errors import BigtrainError
 from bigtrain.onebit.kinds import packing_wire, published
@@ -255,15 +256,14 @@ def _sharings(
     if compression.kind == "none" or mesh.dp.degree in (1, compression.node_degree):
         return Sharings(mesh, zero, holders, plain)  # there is no way across
 
-    _refuse_with_compression(compression.kind, zero)
+    _refuse(compression, zero)
 
     def compresses(param: torch.Tensor, shard: Shard) -> bool:
         # What several ranks hold beside data-parallel ones must stay equal there, bit for bit.
         large = len(shard.shape) > 1 and math.prod(shard.shape) >= compression.least_numel
         return large and shard.num_replicas == 1
 
-    if compression.kind in ("onebit", "zero_one"):
-        _refuse_with_published(compression, zero)
+    if compression.kind in PUBLISHED:
         strategy = partial(published, section=compression)
         return Sharings(mesh, zero, holders, plain, compresses, replicated=strategy)
     senders = mesh.dp.degree // compression.node_degree
@@ -288,12 +288,6 @@ def _check_nodes(mesh: Mesh, compression: CompressionSection) -> None:
             why="nodes have the same number of data-parallel ranks",
             mend="use the number of them on one machine, or 1",
         )
-    if degree > 1 and compression.kind == "powersgd":
-        raise BigtrainError(
-            f"compression.kind=powersgd with compression.node_degree={degree}",
-            why="it needs whole matrices, and ranks of a node send a part each",
-            mend="use compression.node_degree=1, or another kind",
-        )
 
 
 def _warn_of_nodes(mesh: Mesh, node: Axis) -> None:
@@ -311,37 +305,10 @@ def _warn_of_nodes(mesh: Mesh, node: Axis) -> None:
         )
 
 
-def _refuse_with_compression(kind: str, zero: ZeroSection) -> None:
-    """Refuse what a config is refused for (config/check.py), for loops of one's own."""
-    refused = {
-        "zero.offload": (zero.offload != "none", "main parameters must be where parameters are"),
-        "zero.reduce_dtype=int8": (zero.reduce_dtype == "int8", "what must be exact would not be"),
-        "zero.shard_degree": (
-            zero.shard_degree is not None,
-            "what goes between groups would not be compressed",
-        ),
-    }
-    for what, (is_so, why) in refused.items():
-        if is_so:
-            raise BigtrainError(
-                f"compression={kind} with {what}", why=why, mend=f"leave out {what}, or compression"
-            )
-
-
-def _refuse_with_published(compression: CompressionSection, zero: ZeroSection) -> None:
-    if zero.stage:
-        raise BigtrainError(
-            f"compression={compression.kind} with zero={zero.stage}",
-            why="every rank needs all of the momentum and the variance, so none can be shared out",
-            mend="use compression=default or max, or leave out zero",
-        )
-    if compression.node_degree > 1 or compression.transport != "group":
-        raise BigtrainError(
-            f"compression={compression.kind} with node_degree={compression.node_degree}, "
-            f"transport={compression.transport}",
-            why="it is between ranks that have everything, by the process group",
-            mend="use compression=default or max, or leave these out",
-        )
+def _refuse(compression: CompressionSection, zero: ZeroSection) -> None:
+    """Refuse, for loops of one's own, what a config is refused for."""
+    for problem in (*idle_keys(compression), *refused_with_zero(compression, zero)):
+        raise BigtrainError(problem.what, why=problem.why, mend=problem.mend)
 
 
 def _is_param(tensor: torch.Tensor) -> TypeGuard[nn.Parameter]:

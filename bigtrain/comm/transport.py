@@ -1,4 +1,4 @@
-"""Bytes between the ranks of an axis, over torch.distributed or over MPI.
+"""Bytes between the ranks of an axis, over MPI.
 
 What is compressed goes as bytes, a message for each rank. Where the fabric of a cluster is fast by
 MPI only, and torch was built without it, mpi4py carries them.
@@ -12,9 +12,8 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
-from bigtrain.comm.collectives import Pending, explained
+from bigtrain.comm.collectives import Pending
 from bigtrain.comm.mesh import Axis
 from bigtrain.errors import LaunchError
 
@@ -39,30 +38,6 @@ class Transport(Protocol):
         Raises (`wait`):
             CommError: a peer died or did not come in time.
         """
-
-
-class GroupTransport:
-    """Over the axis's process group: gloo, NCCL, whatever torch.distributed has."""
-
-    def __init__(self, axis: Axis) -> None:
-        self.axis = axis
-
-    def exchange(
-        self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], what: str
-    ) -> Pending[Sequence[torch.Tensor]]:
-        """Begin an exchange, as `Transport` says."""
-        _check(self.axis, outgoing, incoming)
-        group, messages = self.axis.group, []
-        for step in range(1, self.axis.degree):  # each rank begins with another one
-            to = (self.axis.rank + step) % self.axis.degree
-            source = (self.axis.rank - step) % self.axis.degree
-            messages += [dist.P2POp(dist.irecv, incoming[source], group=group, group_peer=source)]
-            messages += [dist.P2POp(dist.isend, outgoing[to], group=group, group_peer=to)]
-        works = []
-        if messages:
-            with explained(what, self.axis):
-                works = dist.batch_isend_irecv(messages)
-        return Pending(works, what, self.axis, lambda: incoming)
 
 
 class MpiTransport:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import get_args
 
+from bigtrain.config.check_compression import compression_problems
 from bigtrain.config.check_deepspeed import deepspeed_rule
 from bigtrain.config.check_update import UPDATE_RULES
 from bigtrain.config.layout import Layout, legal_head_degrees
 from bigtrain.config.schema import (
-    CompressionKind,
-    CompressionSection,
     Config,
     FactoryModel,
     GptModel,
@@ -358,96 +356,6 @@ def _zero(config: Config, world_size: int | None) -> Iterator[Problem]:
         )
 
 
-MOMENTUM: tuple[CompressionKind, ...] = ("default", "max")
-PUBLISHED: tuple[CompressionKind, ...] = ("onebit", "zero_one")
-COMPRESSED: tuple[CompressionKind, ...] = tuple(k for k in get_args(CompressionKind) if k != "none")
-OWNED = tuple(k for k in COMPRESSED if k not in PUBLISHED)  # owners update, others follow
-MESSAGES = tuple(k for k in OWNED if k != "powersgd")
-# The kinds of compression that a key is for, and of what it speaks that others do not have.
-COMPRESSION_KEYS: dict[str, tuple[tuple[CompressionKind, ...], str]] = {
-    "node_degree": (
-        MESSAGES,
-        "what it sends needs all ranks, and whole parameters",
-    ),
-    "block": (("safe", "int8", *MOMENTUM, *PUBLISHED), "no elements share a scale"),
-    "transport": (
-        MESSAGES,
-        "what it sends goes by the process group alone",
-    ),
-    "least_numel": (COMPRESSED, ""),
-    "resync_every": (OWNED, "no parameters travel"),
-    "warmup_steps": ((*MOMENTUM, "onebit"), "it compresses from the first step on"),
-    "refresh_every": (MOMENTUM, "it has no variance that is brought up to date so often"),
-    "when": (MOMENTUM, "it does not see whether that pays"),
-    "density": (("topk",), "it sends something of every element"),
-    "rank": (("powersgd",), "it does not look at gradients as matrices"),
-    "local_steps": (("zero_one",), "ranks meet in every step"),
-}
-
-
-def _idle_compression_keys(section: CompressionSection) -> Iterator[Problem]:
-    plain = CompressionSection()
-    for key, (kinds, why) in COMPRESSION_KEYS.items():
-        if section.kind not in kinds and getattr(section, key) != getattr(plain, key):
-            yield Problem(
-                f"compression.{key} has no meaning for compression.kind = {section.kind}",
-                why="nothing is compressed" if section.kind == "none" else why,
-                mend=f"remove compression.{key}, or set compression.kind={kinds[0]}",
-                keys=(f"compression.{key}", "compression.kind"),
-            )
-
-
-def _momentum(config: Config) -> Iterator[Problem]:
-    kind, name = config.compression.kind, "compression.kind"
-    if kind == "zero_one" and config.optimizer.kind == "lamb":
-        yield Problem(
-            "compression.kind = zero_one with optimizer.kind = lamb",
-            why="ranks go their own ways, and the length of a step would be another on each",
-            mend="set optimizer.kind=adamw, or compression.kind=onebit",
-            keys=("optimizer.kind", name),
-        )
-    if config.optimizer.kind not in ("adamw", "lamb"):
-        yield Problem(
-            f"compression.kind = {kind} with optimizer.kind = {config.optimizer.kind}",
-            why="it sends momentum beside a variance that stays, as AdamW and LAMB have them",
-            mend="set compression.kind=safe, which suits all optimizers",
-            keys=(name, "optimizer.kind"),
-        )
-    elif not config.optimizer.betas[0]:
-        yield Problem(
-            f"compression.kind = {kind} with optimizer.betas[0] = 0",
-            why="without a mean over steps, signs of gradients are what is left",
-            mend="set optimizer.betas=[0.9, 0.95], or compression.kind=safe",
-            keys=("optimizer.betas", name),
-        )
-
-
-def _published(config: Config) -> Iterator[Problem]:
-    kind, name = config.compression.kind, "compression.kind"
-    if config.zero.stage:
-        yield Problem(
-            f"compression.kind = {kind} with zero.stage = {config.zero.stage}",
-            why="every rank needs all of the momentum and the variance, so none can be shared out",
-            mend="set compression.kind=default or max, or remove zero.stage",
-            keys=(name, "zero.stage"),
-        )
-    if config.zero.reduce_dtype != "fp32":
-        yield Problem(
-            f"compression.kind = {kind} with zero.reduce_dtype = {config.zero.reduce_dtype}",
-            why="there are no owners that gradients would be sent to",
-            mend="remove zero.reduce_dtype",
-            keys=("zero.reduce_dtype", name),
-        )
-    local = kind == "zero_one" and config.compression.local_steps > 1
-    if local and config.parallel.check_replicas_every:
-        yield Problem(
-            "compression.kind = zero_one with parallel.check_replicas_every",
-            why="between exchanges ranks go their own ways, and are not alike",
-            mend="set compression.local_steps=1, or parallel.check_replicas_every=0",
-            keys=("parallel.check_replicas_every", name),
-        )
-
-
 def _nodes(config: Config, world: int | None) -> Iterator[Problem]:
     degree = config.compression.node_degree
     if world is None or degree == 1:
@@ -466,44 +374,9 @@ def _nodes(config: Config, world: int | None) -> Iterator[Problem]:
 
 
 def _compression(config: Config, world_size: int | None) -> Iterator[Problem]:
-    section, name = config.compression, "compression.kind"
-    yield from _idle_compression_keys(section)
-    kind = section.kind
-    if kind == "none":
-        return
-    if kind in (*MOMENTUM, *PUBLISHED):
-        yield from _momentum(config)
-    if kind in PUBLISHED:
-        yield from _published(config)
-    yield from _nodes(config, world_size or fixed_world_size(config))
-    if config.zero.offload != "none":
-        yield Problem(
-            f"compression.kind = {kind} with zero.offload = {config.zero.offload}",
-            why="updates are compressed where parameters are, and main parameters are elsewhere",
-            mend="set zero.offload=none or compression.kind=none",
-            keys=(name, "zero.offload"),
-        )
-    if config.zero.reduce_dtype == "int8":
-        yield Problem(
-            f"compression.kind = {kind} with zero.reduce_dtype = int8",
-            why="what compression sends exactly would lose something, for good",
-            mend="remove zero.reduce_dtype",
-            keys=("zero.reduce_dtype", name),
-        )
-    if config.zero.shard_degree is not None:
-        yield Problem(
-            f"compression.kind = {kind} with zero.shard_degree = {config.zero.shard_degree}",
-            why="what goes between the groups would not be compressed, and that is the slower way",
-            mend="remove zero.shard_degree or set compression.kind=none",
-            keys=("zero.shard_degree", name),
-        )
-    if config.engine.kind == "deepspeed":
-        yield Problem(
-            f"compression.kind = {kind} with engine.kind = deepspeed",
-            why="DeepSpeed's engine sends gradients itself",
-            mend="set engine.kind=native or compression.kind=none",
-            keys=(name, "engine.kind"),
-        )
+    yield from compression_problems(config)
+    if config.compression.kind != "none":
+        yield from _nodes(config, world_size or fixed_world_size(config))
 
 
 def _one_starter(config: Config, world_size: int | None) -> Iterator[Problem]:

@@ -368,7 +368,7 @@ def refused(mesh: Mesh) -> list[str]:
 def test_loops_of_ones_own_are_told_as_well(tmp_path: Path) -> None:
     for divides, whole, alone in run_ranks(refused, 4, tmp_path):
         assert "node_degree=3 does not divide dp=4" in divides
-        assert "whole matrices" in whole
+        assert "whole parameters" in whole
         assert not alone
 
 

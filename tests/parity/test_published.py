@@ -24,7 +24,8 @@ from bigtrain.config.layout import Layout
 from bigtrain.config.schema import CompressionSection, Config
 from bigtrain.errors import BigtrainError, CommError
 from bigtrain.onebit.codec import Signs
-from bigtrain.onebit.published import MeanMomentum, TwoPhase
+from bigtrain.onebit.published import MeanMomentum
+from bigtrain.onebit.two_phase import TwoPhase
 from bigtrain.optim import SGD, AdamW, OneBitLAMB
 from bigtrain.trainer import Trainer
 
