@@ -184,14 +184,14 @@ class GradientPath:
             with self.sync.passage(kind, stage):
                 yield
         finally:
-            self._in_backward, self._final = False, ()
+            self._in_backward = False
         for bucket in leaving:
             for slot in bucket.slots:
                 self._settle(bucket, slot)
         for param in final:
             self._settle(*self._places[param])  # if it took no part in the last backward
         self._open.difference_update(final)
-        self._by_passage = _Departures(())
+        self._by_passage, self._final = _Departures(()), ()
 
     def forward(self, stage: int = 0) -> AbstractContextManager[None]:
         """Surround one forward of `stage`. A call of the whole model does so itself."""
@@ -225,6 +225,7 @@ class GradientPath:
                 mend="call backward(loss) for the last microbatch first",
             )
         self.sync.finish()
+        assert all(b.collected for b in self.buckets if b.sharing.sharded_grads)
         self._state = _State.REDUCED
         self._to_review = True
         self._unpublished = list(reversed(self.buckets))  # in the order of the next forward
@@ -484,7 +485,8 @@ class GradientPath:
                 if not other.touched:
                     other.view(grads).zero_()
                 other.touched = other.touched and not sharded
-            each.last = not sharded or all(other.param in self._final for other in each.slots)
+            open_later = self._open.difference(self._final)
+            each.last = not sharded or all(other.param not in open_later for other in each.slots)
             self.sync.reduce(each)
 
     def _take_up_changes(self, bucket: Bucket) -> None:

@@ -9,6 +9,7 @@ weight differences (SDP4Bit, https://arxiv.org/abs/2410.15526).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,9 +74,8 @@ class FeedbackWire:
         """Keep them with what was lost: so, of several microbatches, only the last one is sent."""
         if not bucket.sharing.compressed:
             return self.plain.hold(bucket, rows)
-        kept = self.kept_of(bucket)
-        assert kept.scales is None, "what keeps signs sends once a step"
-        kept.values.add_(rows)
+        assert not self.once_a_step, "its gradients are whole before they leave"
+        self.kept_of(bucket).values.add_(rows)
         return True
 
     def leave(self, bucket: Bucket, rows: torch.Tensor, axis: Axis) -> Pending[list[torch.Tensor]]:
@@ -133,6 +133,10 @@ class FeedbackWire:
         Beside the steps around it, it is as much too long as the gradient was. With each small rise
         it must not shrink, since it never grows again.
         """
+        if not math.isfinite(divisor):  # nothing is updated, and what was held is of no use
+            for bucket in buckets:
+                self.abandon(bucket)
+            return
         before, self._divisor = self._divisor, divisor
         if before is not None and divisor > SPIKE * before:
             for bucket in buckets:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from bigtrain.comm.buckets import Bucket, Momentum
 from bigtrain.comm.collectives import Pending, all_reduce
@@ -243,13 +244,13 @@ class MeanMomentum:
     # -- as all go on --------------------------------------------------------------------------
 
     def updated_by(self, averages: Averages) -> None:
-        self.course.updated_by(averages)
         if self.local_steps is not None and not averages.takes_own_momentum:
             raise BigtrainError(
                 f"{type(averages).__name__} cannot be updated as 0/1 Adam",
                 why="the length of a step would be another on each rank",
                 mend="use AdamW, or compression onebit",
             )
+        self.course.updated_by(averages)
 
     def review(
         self, buckets: Sequence[Bucket], everybody: Agree, device: torch.device, *, stepped: bool
@@ -300,6 +301,11 @@ class Published(Replicated):
         super().__init__(axis)
         self.ledger: MeanMomentum = ledger
         self._reduced: list[Bucket] = []
+        self._num_buckets = 0
+
+    def attach(self, model: nn.Module, buckets: Sequence[Bucket]) -> None:
+        super().attach(model, buckets)
+        self._num_buckets = sum(bucket.trained for bucket in buckets)
 
     def reduce(self, bucket: Bucket) -> None:
         self._reduced.append(bucket)
@@ -311,5 +317,6 @@ class Published(Replicated):
 
     def finish(self) -> None:
         super().finish()
-        self.ledger.measure(self._reduced)
+        if len(self._reduced) == self._num_buckets:  # else the step is abandoned
+            self.ledger.measure(self._reduced)
         self._reduced.clear()

@@ -140,7 +140,7 @@ def _gradients_in_flight(
     shared = [bucket for bucket in trained if bucket.sharing.inner.degree > 1]
     on_wire = _wire_size(zero, sync)
     # The first follow on the last of the microbatch before, or, of several stages, on any.
-    again = [bucket for bucket in shared if bucket.sharing.sharded_grads]
+    again = [b for b in shared if b.sharing.sharded_grads and not b.sharing.compressed]  # or held
     again = again * min(num_microbatches - 1, zero.in_flight + 1)
     if len({bucket.stages for bucket in again}) > 1:
         again = [max(again, key=_filling)] * (zero.in_flight + 1)

@@ -15,7 +15,7 @@ import torch
 from harness import run_ranks
 from parity_codecs import Lossless
 from parity_models import VOCAB, gpt, recorded_collectives
-from test_compressed_training import config_of
+from test_compressed_training import UNTIED, config_of
 from test_tensor_wire import sent
 
 from bigtrain.comm.collectives import all_reduce
@@ -185,7 +185,6 @@ def curve(
     return {"losses": losses, "replicas": [b.tensor.clone() for b in trainer.state.replicas()]}
 
 
-UNTIED = {"tie_embeddings": False}  # what stages share goes exactly
 LAYOUTS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "dp4": (Layout(dp=4), {}),
     "dp2, max": (Layout(dp=2), {"compression": {**DEFAULT, "kind": "max"}}),

@@ -35,6 +35,7 @@ pytestmark = pytest.mark.parity
 RELATIVE = 0.01
 SAFE = {"kind": "safe", "block": 64, "least_numel": 100}
 SECTION = CompressionSection.model_validate(SAFE)
+UNTIED = {"tie_embeddings": False}  # what stages share goes exactly
 
 
 # -- what goes and what stays ------------------------------------------------------------------
@@ -133,6 +134,18 @@ LAYOUTS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "dp2 x tp2": (Layout(dp=2, tp=2), {"zero": {"stage": 1}}),
     "pp2 x dp2, tied": (Layout(pp=2, dp=2), {"zero": {"stage": 2}}),
     "pp2 x dp2 x tp2": (Layout(pp=2, dp=2, tp=2), {"zero": {"stage": 3}}),
+    "pp2 x dp2, zb_h1": (
+        Layout(pp=2, dp=2),
+        {"zero": {"stage": 2}, "pipeline": {"schedule": "zb_h1"}, "model": UNTIED},
+    ),
+    "pp2 x dp2, zb_v": (
+        Layout(pp=2, dp=2),
+        {
+            "zero": {"stage": 3},
+            "pipeline": {"schedule": "zb_v"},
+            "model": {**UNTIED, "num_layers": 4},
+        },
+    ),
     "dp2, bf16": (Layout(dp=2), {"train": {"precision": "bf16"}, "zero": {"stage": 2}}),
     "dp2, LAMB": (Layout(dp=2), {"optimizer": {"kind": "lamb", "lr": 0.03}}),
     "dp2, Muon": (Layout(dp=2), {"optimizer": {"kind": "muon"}, "zero": {"stage": 1}}),

@@ -12,8 +12,8 @@ import torch
 from harness import run_ranks
 from parity_codecs import Lossless
 from parity_models import gpt, recorded_collectives
-from test_compressed_momentum import BETAS, UNTIED
-from test_compressed_training import config_of
+from test_compressed_momentum import BETAS
+from test_compressed_training import UNTIED, config_of
 from test_tensor_wire import sent
 
 from bigtrain.comm.collectives import all_gather_object
