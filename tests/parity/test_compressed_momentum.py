@@ -21,9 +21,10 @@ from test_tensor_wire import sent
 from bigtrain.comm.collectives import all_reduce
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Mesh
-from bigtrain.compose import parallelize
+from bigtrain.compose import build_pipeline, parallelize
 from bigtrain.config.layout import Layout
 from bigtrain.config.schema import CompressionSection, Config, ParallelSection, ZeroSection
+from bigtrain.models import GPT
 from bigtrain.onebit.codec import Signs
 from bigtrain.onebit.momentum import MomentumWire
 from bigtrain.optim import AdamW
@@ -352,6 +353,47 @@ def test_bytes_on_the_wire(kind: str, stage: int, tmp_path: Path) -> None:
         assert (
             PROMISED[kind] < measured / exact < PROMISED[kind] + 0.0035
         )  # biases go exactly, in stage 2 twice
+
+
+def bytes_between_replicas(mesh: Mesh, kind: str) -> tuple[float, float]:
+    """Return what a rank of a split model sends to its likes on other replicas, and should."""
+    torch.manual_seed(0)
+    model = GPT(64, 16, 2, 256, 4, tie_embeddings=False)
+    section = CompressionSection.model_validate({"kind": kind, "least_numel": 10000})
+
+    def loss_of(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = model(batch, batch)
+        return loss
+
+    batch = torch.zeros(2, 8, dtype=torch.int64)
+    pipeline = build_pipeline(model, mesh, compression=section, example=batch, loss_of=loss_of)
+    path, n = pipeline.path, mesh.dp.degree
+    optimizer = AdamW(path)
+    for step in range(4):
+        if step == 1:
+            at_once(path)
+        with recorded_collectives() as calls:
+            pipeline.step([batch, batch], loss_of)
+            path.finish()
+            optimizer.step(done=path.publish)
+            path.publish()
+            path.settle()
+    between = [call for call in calls if call[0] == "isend" and call[2] == n]
+    packed, exact = (
+        sum(b.numel for b in path.buckets if b.sharing.compressed is compressed)
+        for compressed in (True, False)
+    )
+    assert packed > 10 * exact
+    return sent(between), 2 * (n - 1) / n * 4 * (PROMISED[kind] * packed + exact)
+
+
+@pytest.mark.parametrize("kind", PROMISED)
+@pytest.mark.parametrize("layout", [Layout(dp=3, tp=2), Layout(pp=2, dp=3)], ids=["tp2", "pp2"])
+def test_bytes_of_a_split_model(layout: Layout, kind: str, tmp_path: Path) -> None:
+    for measured, promised in run_ranks(
+        bytes_between_replicas, 6, tmp_path, args=(kind,), layout=layout
+    ):
+        assert measured == pytest.approx(promised, rel=0.02)
 
 
 def memory_gap(mesh: Mesh, config: Config) -> int:
