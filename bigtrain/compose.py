@@ -41,7 +41,7 @@ from bigtrain.pipeline.validate import validate
 from bigtrain.tensor import Plan, apply_tensor_parallel
 from bigtrain.tensor.apply import broadcast_replicated
 from bigtrain.tensor.plan import match_plan
-from bigtrain.zero.share import Sharings
+from bigtrain.zero.share import Sharings, as_it_is
 from bigtrain.zero.state import state_memory
 from bigtrain.zero.wire import make_wire
 
@@ -270,14 +270,10 @@ def _sharings(
     wire = packing_wire(plain, make_wire("bf16"), compression, senders)
     # Somebody must own what all others get by deltas.
     owned = zero if zero.stage else zero.model_copy(update={"stage": 1})
-    carried = over_mpi if compression.transport == "mpi" else _as_it_is
+    carried = over_mpi if compression.transport == "mpi" else as_it_is
     sharings = Sharings(mesh, owned, holders, wire, compresses, compression.node_degree, carried)
     _warn_of_nodes(mesh, sharings.nodes.node)
     return sharings
-
-
-def _as_it_is(axis: Axis) -> Axis:
-    return axis
 
 
 def _check_nodes(mesh: Mesh, compression: CompressionSection) -> None:

@@ -18,6 +18,11 @@ from bigtrain.zero.sharded import Sharded
 from bigtrain.zero.wire import make_wire
 
 
+def as_it_is(axis: Axis) -> Axis:
+    """Return the axis, whose messages go by its process group."""
+    return axis
+
+
 class Sharings:
     """How parameters are shared, by the pipeline ranks that hold them, as the `zero` section says.
 
@@ -37,7 +42,7 @@ class Sharings:
         wire: Wire | None = None,
         compresses: Callable[[torch.Tensor, Shard], bool] = lambda param, shard: False,
         node_degree: int = 1,
-        carried: Callable[[Axis], Axis] = lambda axis: axis,
+        carried: Callable[[Axis], Axis] = as_it_is,
         replicated: Callable[[Axis], GradientSync] = Replicated,
     ) -> None:
         self.mesh, self.zero, self.carried = mesh, zero, carried
