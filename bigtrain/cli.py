@@ -13,7 +13,7 @@ import typer
 from bigtrain.errors import BigtrainError, PlanError, Stopped
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from bigtrain.config.schema import Config
     from bigtrain.launch.plan import Plan
@@ -83,7 +83,8 @@ def launch(
         _be_a_rank(config, overrides, resume, restart)
     _refuse_unknown_starter(os.environ)
     try:
-        read, plan = _read(config, overrides, hosts, slurm)
+        with _interrupts_count():
+            read, plan = _read(config, overrides, hosts, slurm)
         if plan.start == "sbatch":
             _check_sweep(read, config, overrides, plan.num_ranks)
             raise typer.Exit(_submit(read, plan, config, resume, restart, follow, dry_run))
@@ -103,7 +104,8 @@ def launch(
             for line in dry_lines(read, plan, resume):
                 typer.echo(line)
             return
-        folder, lock = open_run(read, resume=resume, restart=restart)
+        with _interrupts_count():
+            folder, lock = open_run(read, resume=resume, restart=restart)
     except KeyboardInterrupt:
         raise Stopped(signal.SIGINT, "stopped before any rank was started") from None
     try:
@@ -111,6 +113,28 @@ def launch(
             raise typer.Exit(lead(read, plan, folder, resume))
     finally:
         folder.next_config.unlink(missing_ok=True)  # left only by a run that did not begin
+
+
+@contextlib.contextmanager
+def _interrupts_count() -> Iterator[None]:
+    """See that a Ctrl-C ends this, if only at the end: a C extension may swallow the exception
+    while it is imported."""
+    heard: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception:
+        if not heard:  # else it is the consequence
+            raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def _be_a_rank(config: str, overrides: list[str] | None, resume: bool, restart: bool) -> NoReturn:
