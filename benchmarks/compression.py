@@ -1,14 +1,15 @@
 """Seconds, bytes and losses of compressed training, beside what a user would take instead.
 
-    python benchmarks/compression.py wire [ROUNDS [NODES [PICTURE]]]   links of four speeds
-    python benchmarks/compression.py collective [ROUNDS [NODES]]       10M elements, no computing
+    python benchmarks/compression.py wire [ROUNDS [NODES]] [RATE...] [WAY...] [PICTURE]
+    python benchmarks/compression.py collective [ROUNDS [NODES]] [RATE...]
     python benchmarks/compression.py loss WIDTH STEPS SEEDS KIND... [PICTURE]   two ranks, curves
 
 `wire` and `collective` make network namespaces on this machine (root, iproute2), four if not said,
-and limit what each may send. In every node one rank trains a GPT of 10M parameters by each way in
+and limit what each may send. In every node one rank trains a GPT of 10M parameters, or adds up 10M
+elements, with nothing to compute, by each way (those with a name that begins so, or all) in
 turn, three steps at a time, since updates of one may travel while the next computes; bytes are
-those of the network card. Steps that refresh a variance are among them. `loss` trains a GPT on the
-text of Python's standard library.
+those of the network card. A variance is refreshed each 256th step, as it is after the first 2000.
+`loss` trains a GPT on the text of Python's standard library.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from bigtrain.models import GPT
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "cluster"))
 
-RATES = ("1gbit", "300mbit", "100mbit", "")
+RATES = ("1gbit", "300mbit", "100mbit", "unlimited")
 PEERS = {
     "wire": ("DDP fp32", "DDP fp16 hook"),
     "collective": ("all_reduce fp32", "all_reduce fp16"),
@@ -167,7 +168,9 @@ class OneBitAdam:
 
 
 def ours(mesh: Mesh, kind: str, stage: int, when: str = "always") -> Way:
-    section: Any = {"kind": kind, **({"when": when} if kind in ("default", "max") else {})}
+    section: Any = {"kind": kind}
+    if kind in ("default", "max"):
+        section |= {"when": when, "refresh_every": 256}  # what the distance grows to by itself
     compression = CompressionSection(**section)
     path = bigtrain.parallelize(model(), mesh, compression=compression, zero=stage)
     optimizer = bigtrain.AdamW(path, lr=1e-3)
@@ -194,21 +197,24 @@ def begin(path: Any, step: Step, rank: int) -> None:
         print(f"after its warm-up: {path.progress['phase']}", flush=True)
 
 
-def ways(mesh: Mesh) -> dict[str, Way]:
-    return {
-        "DDP fp32": ddp(""),
-        "DDP fp16 hook": ddp("fp16"),
-        "PowerSGD, rank 4": powersgd(),
-        "1-bit Adam, op chain": Way(OneBitAdam().step),
-        "ours, 1-bit Adam": ours(mesh, "onebit", 0),
-        "ours, exact": ours(mesh, "none", 0),
-        "ours, safe": ours(mesh, "safe", 0),
-        "ours, default": ours(mesh, "default", 0),
-        "ours, default, ZeRO 2": ours(mesh, "default", 2),
-        "ours, max": ours(mesh, "max", 0),
-        "ours, max, ZeRO 1": ours(mesh, "max", 1),
-        "ours, default if it pays": ours(mesh, "default", 0, "pays"),
+def ways(mesh: Mesh, wanted: list[str]) -> dict[str, Way]:
+    """Return those whose names begin with one of these words; all, if there are none."""
+    every: dict[str, Callable[[], Way]] = {
+        "DDP fp32": lambda: ddp(""),
+        "DDP fp16 hook": lambda: ddp("fp16"),
+        "PowerSGD, rank 4": lambda: powersgd(),
+        "1-bit Adam, op chain": lambda: Way(OneBitAdam().step),
+        "ours, 1-bit Adam": lambda: ours(mesh, "onebit", 0),
+        "ours, exact": lambda: ours(mesh, "none", 0),
+        "ours, safe": lambda: ours(mesh, "safe", 0),
+        "ours, default": lambda: ours(mesh, "default", 0),
+        "ours, default, ZeRO 2": lambda: ours(mesh, "default", 2),
+        "ours, max": lambda: ours(mesh, "max", 0),
+        "ours, max, ZeRO 1": lambda: ours(mesh, "max", 1),
+        "ours, default if it pays": lambda: ours(mesh, "default", 0, "pays"),
     }
+    named = {n: make for n, make in every.items() if not wanted or n.startswith(tuple(wanted))}
+    return {name: make() for name, make in named.items()}
 
 
 def collectives(mesh: Mesh) -> dict[str, Way]:
@@ -261,13 +267,13 @@ def sent() -> int:
     return 0
 
 
-def rank_main(folder: Path, what: str, rounds: int) -> None:
+def rank_main(folder: Path, what: str, rounds: int, rates: list[str], wanted: list[str]) -> None:
     """Be one rank: take steps by each way in turn, at each rate that the folder says."""
     torch.set_num_threads(1)
     mesh = bigtrain.init()
-    steps = ways(mesh) if what == "wire" else collectives(mesh)
+    steps = ways(mesh, wanted) if what == "wire" else collectives(mesh)
     draws = torch.Generator().manual_seed(mesh.rank)
-    for rate in RATES:
+    for rate in rates:
         dist.barrier()
         if mesh.rank == 0:
             (folder / f"want-{rate}").touch()
@@ -291,37 +297,42 @@ def rank_main(folder: Path, what: str, rounds: int) -> None:
     bigtrain.leave()
 
 
-def between_nodes(what: str, rounds: int, num_nodes: int, picture: str = "") -> None:
+def between_nodes(what: str, words: list[str], picture: str = "") -> None:
     from virtual_nodes import VirtualNodes, why_no_nodes
 
     if why := why_no_nodes():
         raise SystemExit(why)
+    numbers = [int(word) for word in words if word.isdigit()]
+    rounds, num_nodes = numbers + [5, 4][len(numbers) :]
+    rates = [word for word in words if word in RATES] or list(RATES)
+    wanted = [word for word in words if not word.isdigit() and word not in RATES]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         nodes = VirtualNodes(folder / "nodes", num_nodes)
         try:
-            ranks = [start(nodes, folder, rank, what, rounds) for rank in range(num_nodes)]
-            for rate in RATES:
+            order = [what, str(rounds), "/".join(rates), "/".join(wanted)]
+            ranks = [start(nodes, folder, rank, order) for rank in range(num_nodes)]
+            for rate in rates:
                 while not (folder / f"want-{rate}").exists():
                     if any(rank.poll() for rank in ranks):
                         raise SystemExit("a rank has failed")
                     time.sleep(0.01)
                 for node in nodes.names:
-                    if rate:
+                    if rate != "unlimited":
                         nodes.shape(node, rate)
                     else:
                         nodes.run(node, "tc", "qdisc", "del", "dev", "eth0", "root")
                 (folder / f"have-{rate}").touch()
             for rank in ranks:
                 rank.wait(1800)
-            report(folder, what, num_nodes)
+            report(folder, what, num_nodes, rates)
             if picture:
                 draw_wire(folder, picture)
         finally:
             nodes.close()
 
 
-def start(nodes: Any, folder: Path, rank: int, what: str, rounds: int) -> subprocess.Popen[bytes]:
+def start(nodes: Any, folder: Path, rank: int, order: list[str]) -> subprocess.Popen[bytes]:
     env = {
         **os.environ,
         **{"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
@@ -329,22 +340,20 @@ def start(nodes: Any, folder: Path, rank: int, what: str, rounds: int) -> subpro
         **{"GROUP_RANK": str(rank), "MASTER_ADDR": nodes.address("n1"), "MASTER_PORT": "29500"},
         **{"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0", "TORCH_CPP_LOG_LEVEL": "ERROR"},
     }
-    words = [sys.executable, __file__, "rank", str(folder), what, str(rounds)]
+    words = [sys.executable, __file__, "rank", str(folder), *order]
     return subprocess.Popen([*nodes.inside(nodes.names[rank]), *words], env=env)
 
 
-def report(folder: Path, what: str, ranks: int) -> None:
+def report(folder: Path, what: str, ranks: int, rates: list[str]) -> None:
     numel = sum(p.numel() for p in model().parameters()) if what == "wire" else ELEMENTS
     peers = PEERS[what]
     ideal = 2 * (ranks - 1) / ranks * 4 * numel
     print(f"{numel:,} elements, {ranks} ranks; bytes beside {ideal / 1e6:.1f} MB of an all-reduce")
-    for rate in RATES:
+    for rate in rates:
         found = json.loads((folder / f"found-{rate}.json").read_text())
         medians = {n: statistics.median(s for s, _ in values) for n, values in found.items()}
         count = len(found[peers[0]])
-        print(
-            f"\n{rate or 'not limited'}: a step, median of {count} x {STEPS}; peers over it; bytes"
-        )
+        print(f"\n{rate}: a step, median of {count} x {STEPS}; peers over it; bytes")
         for name, values in found.items():
             share = statistics.median(size for _, size in values) / ideal
             ratios = [medians[peer] / medians[name] for peer in peers]
@@ -475,10 +484,10 @@ if __name__ == "__main__":
     verb, *rest = sys.argv[1:] or ["wire"]
     drawing = rest.pop() if rest and rest[-1].endswith(".png") else ""
     if verb == "rank":
-        rank_main(Path(rest[0]), rest[1], int(rest[2]))
+        words = [[word for word in several.split("/") if word] for several in rest[3:]]
+        rank_main(Path(rest[0]), rest[1], int(rest[2]), *words)
     elif verb in ("wire", "collective"):
-        numbers = [int(n) for n in rest]
-        between_nodes(verb, *(numbers + [5, 4][len(numbers) :]), drawing)
+        between_nodes(verb, rest, drawing)
     else:
         width, steps, seeds = (int(n) for n in rest[:3])
         loss(width, steps, seeds, rest[3:], drawing)
