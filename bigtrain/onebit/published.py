@@ -31,10 +31,9 @@ from bigtrain.errors import BigtrainError
 from bigtrain.onebit.codec import Signs
 from bigtrain.onebit.course import Course
 from bigtrain.onebit.switch import Switch
-from bigtrain.onebit.two_phase import TwoPhase
+from bigtrain.onebit.two_phase import FP32, TwoPhase
 from bigtrain.ops.grad_norm import grad_norm
 
-FP32 = 4
 LOOK = 256  # steps of 1-bit Adam and LAMB of which one sends the gradient exactly, too
 
 

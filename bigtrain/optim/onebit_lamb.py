@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -10,7 +11,6 @@ from bigtrain.comm.buckets import Bucket, Segment
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.errors import BigtrainError
 from bigtrain.ops.lamb import trust_ratios
-from bigtrain.ops.op import Kernels
 from bigtrain.optim.lamb import LAMB
 
 FOLLOWS = 0.9  # what the mean of trust ratios keeps of itself
@@ -23,28 +23,21 @@ class OneBitLAMB(LAMB):
 
     While gradients go exactly it is LAMB, and keeps a running mean of each trust ratio. That is the
     ratio from then on, times a factor: how much larger the frozen variance is than one of gradients
-    that are reconstructed from the mean, where that is most. Costs 4 bytes for each element.
+    that are reconstructed from the mean, where that is most. Costs 4 bytes for each element. Takes
+    what LAMB takes.
 
     Raises:
         BigtrainError: ranks share out what they update.
     """
 
-    def __init__(
-        self,
-        source: GradientPath,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.01,
-        kernels: Kernels = "auto",
-    ) -> None:
+    def __init__(self, source: GradientPath, *args: Any, **options: Any) -> None:
         if any(bucket.sharing.inner.degree > 1 for bucket in source.buckets):
             raise BigtrainError(
                 "1-bit LAMB with parameters that ranks share out",
                 why="it needs all of a parameter's variance on each rank",
                 mend="use compression=onebit without ZeRO, or LAMB with compression=default",
             )
-        super().__init__(source, lr, betas, eps, weight_decay, kernels)
+        super().__init__(source, *args, **options)
         slots = len(source.slots)
         self._trust = torch.zeros(slots, device=source.device)  # running means; 0: none yet
         self._factors = torch.ones(slots, device=source.device)
