@@ -56,6 +56,13 @@ def launch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what would be started where; start nothing.")
     ] = False,
+    chaos: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--chaos",
+            help="A drill for a run with servers: kill:worker=1,step=20; or stop, cut, delay.",
+        ),
+    ] = None,
 ) -> None:
     """Train: start the ranks, here or on several nodes, and watch over them.
 
@@ -65,7 +72,9 @@ def launch(
     from bigtrain.comm.started import starter_of
     from bigtrain.launch.frozen import changed_since
     from bigtrain.launch.lead import dry_lines, dry_mpi_lines, lead, lead_mpi
+    from bigtrain.launch.served import lead_served
     from bigtrain.run_folder import open_run
+    from bigtrain.server.chaos import parse
 
     for pair, both in (
         ("--resume and --restart", resume and restart),
@@ -82,9 +91,16 @@ def launch(
             )
         _be_a_rank(config, overrides, resume, restart)
     _refuse_unknown_starter(os.environ)
+    events = [parse(text) for text in chaos or ()]
     try:
         with _interrupts_count():
             read, plan = _read(config, overrides, hosts, slurm)
+        if events and not plan.servers:
+            raise BigtrainError(
+                "--chaos is for runs with servers",
+                why="without them, a rank that is gone ends the run",
+                mend="set server.servers, or leave it out",
+            )
         if plan.start == "sbatch":
             _check_sweep(read, config, overrides, plan.num_ranks)
             raise typer.Exit(_submit(read, plan, config, resume, restart, follow, dry_run))
@@ -110,6 +126,8 @@ def launch(
         raise Stopped(signal.SIGINT, "stopped before any rank was started") from None
     try:
         with lock:
+            if plan.servers:
+                raise typer.Exit(lead_served(read, plan, folder, resume, _say, events))
             raise typer.Exit(lead(read, plan, folder, resume))
     finally:
         folder.next_config.unlink(missing_ok=True)  # left only by a run that did not begin

@@ -18,6 +18,7 @@ from bigtrain.comm.collectives import all_gather_object, together
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Axis, Mesh
 from bigtrain.comm.p2p import Links
+from bigtrain.comm.sync import GradientSync
 from bigtrain.comm.transport import over_mpi
 from bigtrain.config.check_compression import PUBLISHED, idle_keys, refused_with_zero
 from bigtrain.config.schema import CompressionKind, CompressionSection, ZeroSection
@@ -48,6 +49,10 @@ from bigtrain.zero.wire import make_wire
 log = logging.getLogger(__name__)
 
 FROZEN = "frozen"
+
+
+def _as_it_is(sync: GradientSync) -> GradientSync:
+    return sync
 
 
 def parallelize(
@@ -115,6 +120,7 @@ def build_pipeline(
     zero: int | ZeroSection = 0,
     compression: str | CompressionSection = "none",
     kind_of: KindOf = decay_kind,
+    around: Callable[[GradientSync], GradientSync] = _as_it_is,
 ) -> Pipeline:
     """Spread `model` over `mesh`, in place, its pipeline axis included; return what runs it.
 
@@ -128,6 +134,7 @@ def build_pipeline(
     cost: "counted" (operations, from shapes alone) or "measured" (time on the first rank's CPU).
     zero: what data-parallel ranks share out, a stage or all about it (see docs/zero.md).
     compression: how gradients and updates travel, a kind or all about it (see docs/compression.md).
+    around: makes of the strategy of the data-parallel axis another one that uses it.
     kind_of(name, parameter): what the optimizer does with it; `decay_kind`, or `kinds_for` of one.
     example, loss_of: a batch (of one microbatch) and the loss function that will be used. Needed
         to find the units of a model that lists no layers, and to balance; all ranks give the same.
@@ -161,7 +168,7 @@ def build_pipeline(
     _cast_untrained(model, dtype)
     section = zero if isinstance(zero, ZeroSection) else _zero_section(zero)
     packed = _compression_section(compression)
-    path = _path(model, mesh, cut, dtype, bucket_mb, section, packed, kind_of)
+    path = _path(model, mesh, cut, dtype, bucket_mb, section, packed, kind_of, around)
     stages = [whole(model)]
     if chain is not None:
         here = [stage for stage, rank in enumerate(placement) if rank == mesh.pp.rank]
@@ -191,6 +198,7 @@ def _path(
     zero: ZeroSection,
     compression: CompressionSection,
     kind_of: KindOf,
+    around: Callable[[GradientSync], GradientSync],
 ) -> GradientPath:
     """Put what this rank trains into buckets, equal on all ranks that hold it."""
     holders = {cut.holders[n] for t, n in cut.names.items() if _is_param(t)}
@@ -219,7 +227,7 @@ def _path(
     return GradientPath(
         model,
         buckets,
-        sharings.sync(),
+        around(sharings.sync()),
         cut.shards,
         (mesh.tp, mesh.pp),
         mesh.tp,

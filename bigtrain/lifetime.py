@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from types import FrameType
 
 from bigtrain.errors import BigtrainError, CommError, Stopped
@@ -40,6 +41,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.finishing = False
+        self.call: Callable[[], None] | None = None  # what ends this process in good order
         self._raised = -math.inf
         self.patient = os.environ.get("BIGTRAIN_PATIENT") == "1"
         for number in _HEARD:
@@ -50,6 +52,9 @@ class StopRequest:
         again = self.signal is not None
         number = signal.SIGTERM if number == signal.SIGUSR1 else number
         self.signal = number
+        if self.call is not None:
+            self.call()
+            return
         since = time.monotonic() - self._raised
         at_once = not self.finishing or (again and not self.patient)
         if at_once and since > _ONE_REQUEST_SECONDS:  # else it would interrupt the ending

@@ -66,17 +66,24 @@ def run(
     with _run_folder(config, resume, restart, mesh, launched) as folder:
         trainer = Trainer(config, mesh, folder.checkpoints, stop_requested=lambda: stop.signal)
         source = trainer.resume() if resume else None
-        _announce(trainer, source, resume)
+        if not trainer.clock.has_begun:
+            _announce(trainer, source, resume)
         if warning := restart_warning():
             log.warning(warning)
         together(lambda: _begin(trainer, folder), mesh.world, "start of the loop")
         set_timeout(config.parallel.timeout_seconds)
         stop.finishing = True  # from here on, a signal lets the step end and saves first
-        validation_loss = _loop(trainer, folder, console)
-        stop.finishing = False
-        sample = _sample(trainer) if config.eval.generate else None
-        if mesh.rank == 0:
-            _farewell(trainer, folder, validation_loss, sample)
+        try:
+            validation_loss = _loop(trainer, folder, console)
+            stop.finishing = False
+            if trainer.speaks:
+                sample = _sample(trainer) if config.eval.generate else None
+                if mesh.rank == 0:
+                    _farewell(trainer, folder, validation_loss, sample)
+        except Stopped:
+            trainer.clock.leave()
+            raise
+        trainer.clock.leave()
     leave()
 
 
@@ -93,6 +100,8 @@ def _say_who_started(config: Config, world: World) -> None:
 def _configure_torch(config: Config, world: World, device: torch.device) -> None:
     own = is_bound(os.environ)  # then the processors that we see are this rank's alone
     sharers = 1 if own else world.local_world_size
+    if config.server.servers and not own:  # worlds of other workers, and servers, are here too
+        sharers = sharers * config.server.workers + config.server.servers
     torch.set_num_threads(threads_per_rank(config.launch.threads_per_rank, sharers))
     if config.launch.bind == "auto" and not own:
         bind(world.local_rank, world.local_world_size)
@@ -131,7 +140,7 @@ def _run_folder(
 
 def _begin(trainer: Trainer, folder: RunFolder) -> None:
     """On rank 0: nothing can refuse this run any more, so what it replaces is replaced."""
-    if trainer.mesh.rank == 0:
+    if trainer.mesh.rank == 0 and not trainer.clock.has_begun:
         begin(folder)
         with explained_io(folder.path):
             forget_after(folder.metrics, trainer.step)
@@ -214,11 +223,12 @@ def _loop(trainer: Trainer, folder: RunFolder, console: Console | None) -> float
     try:
         for record in trainer.steps():
             record_save()
-            display.step(record)
-            record_it(record)
+            if trainer.speaks:
+                display.step(record)
+                record_it(record)
             if _evaluation_is_due(config, record.step) and not trainer.stop_signal:
                 validation_loss = trainer.evaluate()
-                if validation_loss is not None:
+                if validation_loss is not None and trainer.speaks:
                     evaluation = EvalRecord(record.step, validation_loss)
                     display.evaluation(evaluation)
                     record_it(evaluation)

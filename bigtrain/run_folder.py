@@ -52,6 +52,11 @@ class RunFolder:
         return self.path / "samples"
 
     @property
+    def status(self) -> Path:
+        """How the run is, by its servers."""
+        return self.path / "status.json"
+
+    @property
     def curve(self) -> Path:
         return self.path / "loss.png"
 

@@ -16,6 +16,7 @@ from typing import NoReturn
 from bigtrain.comm.started import adopt
 from bigtrain.errors import Stopped
 from bigtrain.lifetime import StopRequest, die_with_launcher, report_failure, report_success
+from bigtrain.server.environment import is_server
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = None
     try:
         stop = StopRequest()
+        if is_server():
+            from bigtrain.serve import serve
+
+            serve(options.config, options.overrides, stop)
+            report_success()
+            return 0
         started = adopt()
         from bigtrain.run import run  # imports torch; signals are handled already
 

@@ -38,8 +38,9 @@ from bigtrain.data.permutation import derive_seed
 from bigtrain.data.stream import TrainStream, rank_positions, seed_everything, validation_batches
 from bigtrain.engines.deepspeed_engine import DeepSpeedEngine
 from bigtrain.engines.deepspeed_setup import load_deepspeed
-from bigtrain.engines.native import ERRORS, NativeState, predict_memory
-from bigtrain.engines.seam import Gradients, Holder, Runner, Updater
+from bigtrain.engines.native import ERRORS, NativeState, OwnClock, predict_memory
+from bigtrain.engines.seam import Clock, Gradients, Holder, Place, Runner, Updater
+from bigtrain.engines.served import Served, zero_of_worker
 from bigtrain.errors import BigtrainError, CheckpointError, NonFiniteError
 from bigtrain.lifetime import STOP_SIGNALS
 from bigtrain.models.build import Batch, build_loss, build_model, evaluating
@@ -47,8 +48,11 @@ from bigtrain.observe.records import SaveRecord, StepRecord
 from bigtrain.observe.replicas import find_divergence
 from bigtrain.ops.dropout import Dropout, seed_dropout
 from bigtrain.optim import build_optimizer, kinds_for, learning_rate
+from bigtrain.optim.clip import grad_divisor
 from bigtrain.optim.loss_scale import build_loss_scale
 from bigtrain.pipeline.run import Pipeline
+from bigtrain.server.environment import Environment
+from bigtrain.server.worker import Pushing
 from bigtrain.zero.memory import Memory
 
 log = logging.getLogger(__name__)
@@ -77,7 +81,7 @@ class Trainer:
         self.stop_requested = stop_requested
         if config.engine.kind == "deepspeed":
             together(lambda: load_deepspeed(mesh.device), mesh.world, "importing DeepSpeed")
-        self.step = self.cursor = self.num_skipped = 0
+        self.num_skipped = 0
         self.stop_signal: int | None = None
         self.last_save: SaveRecord | None = None
         self.dtype = DTYPES[config.train.precision]
@@ -97,9 +101,15 @@ class Trainer:
         self.optimizer: Updater
         self.state: Holder
         self.memory: Memory | None = None  # what is known ahead of this rank's
+        self.clock: Clock = OwnClock(mesh.dp)
         if config.engine.kind == "deepspeed":
             engine = self._deepspeed()
             self.pipeline = self.path = self.optimizer = self.state = engine
+        elif config.server.servers:
+            self.pipeline = pipeline = self._native()
+            served = Served(self.model, pipeline.path, mesh, config, Environment.read())
+            self.path = self.optimizer = self.state = served
+            self.clock = served.clock
         else:
             pipeline = self._native()
             path = pipeline.path
@@ -110,6 +120,7 @@ class Trainer:
             self.memory = predict_memory(pipeline, optimizer, config.zero, self.num_microbatches)
         self._draws_per_sample = any(isinstance(m, Dropout) for m in self.model.modules())
         self._stream: TrainStream | None = None
+        self._stream_at: Place | None = None  # what it will yield next
 
     def _deepspeed(self) -> DeepSpeedEngine:
         return DeepSpeedEngine(
@@ -137,9 +148,10 @@ class Trainer:
             tp_chunks=config.parallel.tp_chunks,
             dtype=self.dtype,
             bucket_mb=config.parallel.bucket_mb,
-            zero=config.zero,
+            zero=zero_of_worker(config.zero, mesh) if config.server.servers else config.zero,
             compression=config.compression,
             kind_of=kinds_for(config.optimizer, self.model),
+            **({"around": Pushing} if config.server.servers else {}),
         )
 
     def _example(self) -> Batch | None:
@@ -151,6 +163,21 @@ class Trainer:
         )
         return next(some)[1]
 
+    @property
+    def step(self) -> int:
+        """Updates that are done."""
+        return self.clock.step
+
+    @property
+    def cursor(self) -> int:
+        """Samples of the stream that are read."""
+        return self.clock.cursor
+
+    @property
+    def speaks(self) -> bool:
+        """Is it for this world to show, record and save what came of the last step?"""
+        return self.clock.speaks
+
     # -- the loop ------------------------------------------------------------------------------
 
     def steps(self) -> Iterator[StepRecord]:
@@ -158,6 +185,7 @@ class Trainer:
 
         Saves when a checkpoint is due, and at the end, after the caller has handled the record.
         """
+        self.clock.begin(self.source.items_per_sample)
         saved = self.step
         while self.step < self.config.train.steps and not self.stop_signal:
             yield self.train_step()
@@ -165,11 +193,15 @@ class Trainer:
             if every and self.step % every == 0:
                 self.check_replicas()
             if self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0:
-                self.save()
+                self._save_if_ours()
                 saved = self.step
         if saved != self.step:
-            self.save()
+            self._save_if_ours()
         self.path.settle()
+
+    def _save_if_ours(self) -> None:
+        if self.speaks:
+            self.save()
 
     def train_step(self) -> StepRecord:
         """Do one optimizer update over one global batch.
@@ -215,7 +247,7 @@ class Trainer:
         )
         self.path.finish()
         summing[0].wait()
-        loss_sum, items, *votes = (totals / self._num_holders).tolist()
+        loss_sum, items, *votes = self.clock.agree(totals / self._num_holders).tolist()
 
         # Losses were weighted as if there were `nominal` items, and scaled; `correction` makes
         # that right.
@@ -234,8 +266,7 @@ class Trainer:
             self._on_overflow()
         else:
             self._on_nonfinite(micros.ids, losses)
-        self.step += 1
-        self.cursor += self.config.train.global_batch
+        self.clock.advance(self.config.train.global_batch)
         for number, vote in zip(STOP_SIGNALS, votes, strict=True):
             self.stop_signal = number if vote else self.stop_signal
         speed = items / (time.perf_counter() - begin)
@@ -248,7 +279,7 @@ class Trainer:
     @property
     def _num_shares(self) -> int:
         """Into how many microbatches a global batch is cut, over all ranks."""
-        return self.num_microbatches * self.mesh.dp.degree
+        return self.num_microbatches * self.clock.place.degree
 
     @property
     def _num_holders(self) -> int:
@@ -256,22 +287,26 @@ class Trainer:
         return self.mesh.world.degree // (self.mesh.dp.degree * self.mesh.pp.degree)
 
     def _next_microbatch(self, number: int) -> Microbatch:
-        dp, seed = self.mesh.dp, self.config.run.seed
-        if self._stream is None:
+        place = self.clock.place
+        here = Place(place.cursor + number, place.rank, place.degree)
+        if self._stream is None or self._stream_at != here:
             self._stream = TrainStream(
                 self.source.train,
-                seed=seed,
-                cursor=self.cursor,
+                seed=self.config.run.seed,
+                cursor=place.cursor,
                 microbatch=self.microbatch,
                 num_microbatches=self.num_microbatches,
-                rank=dp.rank,
-                degree=dp.degree,
+                rank=place.rank,
+                degree=place.degree,
                 num_workers=getattr(self.config.data, "num_workers", 0),
                 pin_memory=self.mesh.device.type == "cuda",
             )
         ids, batch = self._stream.next()
-        places = rank_positions(self.cursor, number, self.microbatch, dp.rank, dp.degree).tolist()
-        return Microbatch(ids, self._to_device(batch), places)
+        last = number + 1 == self.num_microbatches
+        ahead = self.config.train.global_batch if last else number + 1
+        self._stream_at = Place(place.cursor + ahead, place.rank, place.degree)
+        places = rank_positions(place.cursor, number, self.microbatch, place.rank, place.degree)
+        return Microbatch(ids, self._to_device(batch), places.tolist())
 
     def _seed(self, stage: int, places: Sequence[int], forward: bool) -> None:
         """Seed what the model will draw for a microbatch, before a forward and a backward.
@@ -302,9 +337,7 @@ class Trainer:
 
     def _divisor(self, norm: float, correction: float) -> torch.Tensor | None:
         """Return what to divide gradients by: item count, loss scale, clipping; None for 1."""
-        most = self.config.train.max_grad_norm
-        clip = max(1.0, (norm + 1e-6) / most) if most else 1.0
-        divisor = correction * clip
+        divisor = grad_divisor(norm, correction, self.config.train.max_grad_norm)
         if divisor == 1.0:
             return None
         return torch.tensor(divisor, dtype=torch.float32, device=self.mesh.device)
@@ -372,17 +405,17 @@ class Trainer:
         Each replica computes a share; two numbers are summed over the data-parallel axis, and
         over the pipeline's, where only the last stage has them.
         """
-        if not self.config.eval.samples:
+        place = self.clock.evaluation() if self.config.eval.samples else None
+        if place is None:
             return None
-        dp = self.mesh.dp
         totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         batches = validation_batches(
             self.source.validation,
             self.config.eval.samples,
             seed=self.config.run.seed,
             microbatch=self.microbatch,
-            rank=dp.rank,
-            degree=dp.degree,
+            rank=place.rank,
+            degree=place.degree,
             even=self.config.zero.stage == 3,  # whose forward communicates
         )
 
@@ -398,8 +431,9 @@ class Trainer:
         with evaluating(self.model):
             while some := list(itertools.islice(batches, at_once)):
                 self.pipeline.evaluate([self._to_device(batch) for _, batch in some], add_up)
-        for axis in (dp, self.mesh.pp):
+        for axis in (self.mesh.dp, self.mesh.pp):
             all_reduce(totals, axis, "all_reduce of the validation loss")
+        totals = self.clock.add_up(totals, "evaluation")
         return float(totals[0] / totals[1])
 
     # -- checkpoints ---------------------------------------------------------------------------
@@ -430,6 +464,7 @@ class Trainer:
         self.state.consolidate()
         blocks = [*self.state.blocks(), *self.state.errors()]
         where = save(self.checkpoints, state, blocks, self.mesh.world)
+        self.state.saved()
         if self.mesh.rank == 0:
             keep = self.config.checkpoint
             prune(self.checkpoints, self.step, keep.keep_last, keep.keep_every)
@@ -482,6 +517,8 @@ class Trainer:
         Raises:
             CheckpointError: it does not fit the model, the optimizer, the seed or the data.
         """
+        if self.clock.has_begun:
+            return None
         found = find_last_good(self.checkpoints, self.mesh.world)
         if found is None:
             return None
@@ -523,7 +560,7 @@ class Trainer:
                 mend="resume with the config that wrote it (it is in its manifest)",
             )
         self.state.take_up(partial(load_blocks, where, manifest), manifest.tensors.keys())
-        self.step, self.cursor = state.step, state.cursor
+        self.clock.go_to(state.step, state.cursor)
         self.optimizer.num_updates = state.num_updates
         if state.loss_scale is not None and self.loss_scale.dynamic:
             saved = state.loss_scale

@@ -45,10 +45,22 @@ class _Process:
 
 
 class LocalTeam:
-    """The ranks of one node of a job, on this machine."""
+    """The ranks of one node of a job, on this machine.
 
-    def __init__(self, job: Job, node: int = 0, name: str = "") -> None:
+    inherit: open files that all ranks get. plain: of the screen, rank 0 gets no terminal.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        node: int = 0,
+        name: str = "",
+        *,
+        inherit: Sequence[int] = (),
+        plain: bool = False,
+    ) -> None:
         self.job, self.node = job, node
+        self._inherit, self._plain = tuple(inherit), plain
         self.ranks = [Rank(rank, name) for rank in job.ranks_of(node)]
         self._processes: list[_Process] = []
         self._screen: ScreenAndFile | None = None
@@ -66,7 +78,7 @@ class LocalTeam:
                 if meeting is None:
                     meeting = stack.enter_context(listening("127.0.0.1"))
                 if self.node == 0:
-                    self._screen = ScreenAndFile(self.job.log(0))
+                    self._screen = ScreenAndFile(self.job.log(0), plain=self._plain)
                 for rank in self.ranks:
                     self._processes.append(self._start(rank, meeting))
         except OSError as error:
@@ -94,7 +106,7 @@ class LocalTeam:
                     stdin=subprocess.DEVNULL,
                     stdout=self._output(rank, log),
                     stderr=subprocess.STDOUT,
-                    pass_fds=inherited,
+                    pass_fds=(*inherited, *self._inherit),
                     start_new_session=True,  # the terminal's Ctrl-C comes to us, we pass it on
                 )
         finally:

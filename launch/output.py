@@ -20,12 +20,13 @@ _CONTROL = re.compile(rb"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b\[[0-?]*[ -/]*[@-
 class ScreenAndFile:
     """Copies what rank 0 prints to the screen as it is, and to a file without control codes.
 
-    On a terminal rank 0 is given a terminal of its own, so that its progress bar is live.
+    On a terminal rank 0 is given a terminal of its own, so that its progress bar is live; not if
+    the screen is to be `plain`, for several that write to it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, plain: bool = False) -> None:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by close()
-        on_terminal = sys.stdout.isatty()
+        on_terminal = sys.stdout.isatty() and not plain
         self._read, self.write_end = os.openpty() if on_terminal else os.pipe()
         if on_terminal:
             columns, lines = shutil.get_terminal_size()

@@ -37,13 +37,19 @@ class Plan:
     nodes: tuple[str, ...]
     ranks_per_node: int
     least: int  # nodes that the run goes on with, when others are lost
+    workers: int = 0  # of parameter servers: each has all these ranks
+    servers: int = 0
 
     @property
     def num_ranks(self) -> int:
+        """Ranks of the world, or of each worker's world."""
         return len(self.nodes) * self.ranks_per_node
 
     def __str__(self) -> str:
         ranks = f"{self.num_ranks} rank{'s' * (self.num_ranks > 1)}"
+        if self.servers:
+            servers = f"{self.servers} server{'s' * (self.servers > 1)}"
+            ranks = f"{servers}, {self.workers} worker{'s' * (self.workers > 1)} of {ranks}"
         if self.start == "here":
             return f"{self.found}: {ranks} here"
         if self.start == "mpiexec":
@@ -158,7 +164,9 @@ def make_plan(
             mend="submit it (bigtrain launch CONFIG --slurm), name machines (--hosts a,b), or set "
             "launch.nodes=1",
         )
-    return _on(config, env, "this machine", "here", ("localhost",), None)
+    plan = _on(config, env, "this machine", "here", ("localhost",), None)
+    servers = config.server.servers
+    return replace(plan, servers=servers, workers=config.server.workers) if servers else plan
 
 
 def _by_mpi(
@@ -255,6 +263,8 @@ def ranks_per_node(
     cores = allocation.cores if allocation else num_cores()
     gpus = allocation.gpus if allocation and allocation.gpus is not None else num_gpus(env)
     there = (0 if config.run.device == "cpu" else gpus) or cores
+    if config.server.servers:
+        there = max(1, there // config.server.workers)
     whole = per_replica // math.gcd(per_replica, num_nodes)  # a node's part of whole replicas
     return max(1, there // whole) * whole
 

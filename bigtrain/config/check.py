@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 from bigtrain.config.check_compression import compression_problems
 from bigtrain.config.check_deepspeed import deepspeed_rule
+from bigtrain.config.check_server import server_rule
 from bigtrain.config.check_update import UPDATE_RULES
 from bigtrain.config.layout import Layout, legal_head_degrees
 from bigtrain.config.schema import (
@@ -54,9 +55,15 @@ def layout_of(config: Config, world_size: int) -> Layout:
     return Layout.infer(config.parallel.model_dump(include={"pp", "dp", "cp", "tp"}), world_size)
 
 
+def replicas_of(config: Config, layout: Layout) -> int:
+    """Return how many replicas of the model share a batch: the data-parallel ranks of all
+    workers."""
+    return layout.dp * (config.server.workers if config.server.servers else 1)
+
+
 def microbatches_of(config: Config, layout: Layout) -> tuple[int, int]:
     """Return (samples per microbatch, microbatches per step and rank)."""
-    per_rank = config.train.global_batch // layout.dp
+    per_rank = config.train.global_batch // replicas_of(config, layout)
     microbatch = config.train.microbatch or per_rank
     return microbatch, per_rank // microbatch
 
@@ -147,16 +154,21 @@ def _batch(config: Config, world_size: int | None) -> Iterator[Problem]:
     if world is None:
         return
     try:
-        dp = layout_of(config, world).dp
+        layout = layout_of(config, world)
     except BigtrainError:
         return  # reported by _world
+    dp = replicas_of(config, layout)
+    sharers = f"dp = {dp} ranks"
+    keys: tuple[str, ...] = ("train.global_batch", "train.microbatch", "parallel.dp")
+    if config.server.servers:
+        keys = (*keys, "server.workers")
+        sharers = f"{config.server.workers} workers of dp = {layout.dp}"
     batch, microbatch = config.train.global_batch, config.train.microbatch
-    keys = ("train.global_batch", "train.microbatch", "parallel.dp")
     if batch % dp:
         below, above = batch - batch % dp, batch - batch % dp + dp
         legal = " or ".join(str(value) for value in (below, above) if value)
         yield Problem(
-            f"train.global_batch = {batch} cannot be shared by dp = {dp} ranks: "
+            f"train.global_batch = {batch} cannot be shared by {sharers}: "
             f"{batch} / {dp} = {batch / dp:.2f}",
             why="every rank takes the same number of samples of a step",
             mend=f"set train.global_batch to {legal}",
@@ -167,7 +179,7 @@ def _batch(config: Config, world_size: int | None) -> Iterator[Problem]:
         legal = _divisors_near(per_rank, microbatch)
         yield Problem(
             f"train.microbatch = {microbatch} does not divide a rank's share: "
-            f"{batch} / (dp={dp}) = {per_rank} samples",
+            f"{batch} / ({'' if config.server.servers else 'dp='}{dp}) = {per_rank} samples",
             why="a step is a whole number of microbatches on every rank",
             mend=f"set train.microbatch to one of {legal}",
             keys=("train.microbatch", *keys),
@@ -241,7 +253,7 @@ def _pipeline(config: Config, world_size: int | None) -> Iterator[Problem]:
         layout = layout_of(config, world)
     except BigtrainError:
         return  # reported by _world
-    if config.train.global_batch % layout.dp:
+    if config.train.global_batch % replicas_of(config, layout):
         return  # reported by _batch
     try:
         table = table_of(config, layout)
@@ -402,5 +414,6 @@ RULES: tuple[Rule, ...] = (
     *UPDATE_RULES,
     _zero,
     _compression,
+    server_rule,
     deepspeed_rule,
 )

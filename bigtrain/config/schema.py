@@ -26,6 +26,7 @@ from bigtrain.config.optimizers import (
     SgdOptimizer,
 )
 from bigtrain.config.section import CountOrAuto, PositiveInt, ScaleOrDynamic, Section
+from bigtrain.config.serving import ServerSection
 
 
 class RunSection(Section):
@@ -418,6 +419,8 @@ class Config(Section):
     """What data-parallel ranks share out instead of copying it."""
     compression: CompressionSection = CompressionSection()
     """In how many bits gradients and updates travel."""
+    server: ServerSection = ServerSection()
+    """Parameter servers, for workers that fail."""
     pipeline: PipelineSection = PipelineSection()
     """How layers are cut into stages, and in what order these work."""
     engine: Engine = EngineSection()

@@ -260,6 +260,9 @@ class DeepSpeedEngine:
     def consolidate(self) -> None:
         """Nothing is kept for later."""
 
+    def saved(self) -> None:
+        """Nothing was brought."""
+
     @property
     def progress(self) -> dict[str, Any] | None:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from bigtrain.comm.collectives import all_gather_object
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Axis
 from bigtrain.config.schema import ZeroSection
+from bigtrain.engines.seam import Place
 from bigtrain.errors import CheckpointError
 from bigtrain.optim.optimizer import Optimizer
 from bigtrain.pipeline.run import Pipeline
@@ -22,13 +23,22 @@ from bigtrain.zero.memory import Memory, predict
 ERRORS = "compression.error."  # what a run without compression need not take up
 
 
+class Moments(Protocol):
+    """An optimizer, as its state is saved: by name, one flat tensor for each segment."""
+
+    @property
+    def moments(self) -> dict[str, list[torch.Tensor | None]]: ...
+
+    progress: Any
+
+
 @dataclass(eq=False)
 class NativeState:
     """The state of a model in buckets and of their optimizer."""
 
     model: nn.Module
     path: GradientPath
-    optimizer: Optimizer
+    optimizer: Moments
     dp: Axis
 
     def blocks(self) -> Iterator[NamedBlock]:
@@ -51,6 +61,9 @@ class NativeState:
 
     def consolidate(self) -> None:
         self.path.consolidate()
+
+    def saved(self) -> None:
+        pass
 
     @property
     def progress(self) -> dict[str, Any] | None:
@@ -90,6 +103,43 @@ class NativeState:
             wanted += self.path.blocks(ERRORS, [segment.of(flats[segment.bucket])], [segment])
         load([block for block in wanted if block.name in saved])
         self.path.restore(flats)
+
+
+@dataclass(eq=False)
+class OwnClock:
+    """The clock of a world that trains alone."""
+
+    dp: Axis
+    step: int = 0
+    cursor: int = 0
+    speaks = True
+    has_begun = False
+
+    @property
+    def place(self) -> Place:
+        return Place(self.cursor, self.dp.rank, self.dp.degree)
+
+    def go_to(self, step: int, cursor: int) -> None:
+        self.step, self.cursor = step, cursor
+
+    def begin(self, items_per_sample: int) -> None:
+        pass
+
+    def agree(self, totals: torch.Tensor) -> torch.Tensor:
+        return totals
+
+    def advance(self, batch: int) -> None:
+        self.step += 1
+        self.cursor += batch
+
+    def evaluation(self) -> Place | None:
+        return self.place
+
+    def add_up(self, totals: torch.Tensor, what: str) -> torch.Tensor:
+        return totals
+
+    def leave(self) -> None:
+        pass
 
 
 def predict_memory(

@@ -7,6 +7,7 @@ A step is: `Runner.run`, `Gradients.finish`, `Gradients.grad_norm`, then `Update
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -93,6 +94,9 @@ class Holder(Protocol):
     def consolidate(self) -> None:
         """Before a checkpoint, on all ranks: bring what ranks keep for themselves to owners."""
 
+    def saved(self) -> None:
+        """After a checkpoint: what `consolidate` has brought is not needed any more."""
+
     @property
     def progress(self) -> dict[str, Any] | None:
         """What else compression must know to go on: numbers and words."""
@@ -111,3 +115,58 @@ class Holder(Protocol):
 
         saved: the names of all that the checkpoint has; what it lacks of `errors` begins with zero.
         """
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a data-parallel rank reads of a batch that begins at `cursor`: it is number `rank` of
+    `degree` that share the batch."""
+
+    cursor: int
+    rank: int
+    degree: int
+
+
+class Clock(Protocol):
+    """Which step it is, and what of the data is read in it.
+
+    Of one world of ranks, it is what its trainer counts; where several worlds (workers) train
+    together, it is what they agree on.
+    """
+
+    step: int  # updates that are done
+    cursor: int  # samples of the stream that all steps so far have read
+
+    @property
+    def place(self) -> Place:
+        """What this rank reads in the next step."""
+
+    @property
+    def speaks(self) -> bool:
+        """Is this the world that shows, records and saves the last step?"""
+
+    @property
+    def has_begun(self) -> bool:
+        """Does the run go on elsewhere already, so that there is nothing to load or to begin?"""
+
+    def go_to(self, step: int, cursor: int) -> None:
+        """Be where a checkpoint was; before `begin`."""
+
+    def begin(self, items_per_sample: int) -> None:
+        """Before the first step, once parameters are as they are to be."""
+
+    def agree(self, totals: torch.Tensor) -> torch.Tensor:
+        """Return the sum of `totals` over all worlds whose gradients are in the update; after
+        `Gradients.finish`."""
+
+    def advance(self, batch: int) -> None:
+        """A step is over, of `batch` samples."""
+
+    def evaluation(self) -> Place | None:
+        """Return this rank's place in an evaluation after the last step; None: in none."""
+
+    def add_up(self, totals: torch.Tensor, what: str) -> torch.Tensor:
+        """Return the sum of `totals` over the worlds that evaluate."""
+
+    def leave(self) -> None:
+        """The run is over here."""

@@ -2,7 +2,7 @@
 
 from bigtrain.optim.adagrad import Adagrad
 from bigtrain.optim.adamw import AdamW
-from bigtrain.optim.build import build_optimizer
+from bigtrain.optim.build import build_optimizer, make_optimizer
 from bigtrain.optim.kinds import (
     WHOLE_KINDS,
     KindOf,
@@ -35,5 +35,6 @@ __all__ = [
     "kinds_for",
     "known_kind",
     "learning_rate",
+    "make_optimizer",
     "matrix_kinds",
 ]

@@ -1,0 +1,117 @@
+"""What parameter servers do not go with. Pure, as `check`, which runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bigtrain.config.schema import Config
+from bigtrain.config.serving import ServerSection
+from bigtrain.errors import Problem
+
+_WHOLE = ("lamb", "muon")
+_DEPENDS = {"staleness": ("ssp",), "quorum": ("sync", "ssp"), "grace_seconds": ("sync", "ssp")}
+
+
+def server_rule(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """Yield what is wrong with the server section, or beside it."""
+    server = config.server
+    if not server.servers:
+        yield from _idle(server, list(ServerSection.model_fields), "server.servers = 0")
+        return
+    other = [key for key, modes in _DEPENDS.items() if server.mode not in modes]
+    yield from _idle(server, other, f"server.mode = {server.mode}")
+    yield from _counts(server)
+    yield from _neighbours(config)
+
+
+def _idle(server: ServerSection, keys: list[str], what: str) -> Iterator[Problem]:
+    plain = ServerSection()
+    for key in keys:
+        if getattr(server, key) != getattr(plain, key):
+            yield Problem(
+                f"server.{key} has no meaning for {what}",
+                why="there is no server"
+                if server.servers == 0
+                else "that mode does not look at it",
+                mend=f"remove server.{key}, or set "
+                + ("server.servers" if server.servers == 0 else "another server.mode"),
+                keys=(f"server.{key}", "server.servers", "server.mode"),
+            )
+
+
+def _counts(server: ServerSection) -> Iterator[Problem]:
+    if server.replicas > server.servers:
+        yield Problem(
+            f"server.replicas = {server.replicas} with server.servers = {server.servers}",
+            why="each copy of a block is on a server of its own",
+            mend=f"set server.replicas to {server.servers} at most, or more server.servers",
+            keys=("server.replicas", "server.servers"),
+        )
+    if server.quorum is not None and server.quorum > server.workers:
+        yield Problem(
+            f"server.quorum = {server.quorum} with server.workers = {server.workers}",
+            why="a quorum is a part of the workers",
+            mend=f"set server.quorum to {server.workers} at most, or leave it empty",
+            keys=("server.quorum", "server.workers"),
+        )
+
+
+def _neighbours(config: Config) -> Iterator[Problem]:
+    """Yield what other sections ask for that servers do not do."""
+    kind = config.optimizer.kind
+    if kind in _WHOLE:
+        yield Problem(
+            f"optimizer.kind = {kind} with server.servers = {config.server.servers}",
+            why="it needs norms of whole parameters, and servers hold parts of them",
+            mend="set optimizer.kind to adamw, sgd, lion or adagrad",
+            keys=("optimizer.kind", "server.servers"),
+        )
+    if config.compression.kind != "none":
+        yield Problem(
+            f"compression.kind = {config.compression.kind} with server.servers = "
+            f"{config.server.servers}",
+            why="compression is between ranks that own parameters, and here servers own them",
+            mend="remove compression, or the servers",
+            keys=("compression.kind", "server.servers"),
+        )
+    if config.train.precision == "fp16":
+        yield Problem(
+            f"train.precision = fp16 with server.servers = {config.server.servers}",
+            why="a loss scale is of one set of ranks, and workers come and go",
+            mend="set train.precision to bf16 or fp32",
+            keys=("train.precision", "server.servers"),
+        )
+    if config.zero.stage == 3:
+        yield Problem(
+            f"zero.stage = 3 with server.servers = {config.server.servers}",
+            why="a worker's parameters come from servers, and it has them whole in each rank",
+            mend="set zero.stage to 0, 1 or 2; optimizer state is on the servers anyway",
+            keys=("zero.stage", "server.servers"),
+        )
+    if config.zero.offload == "file":
+        yield Problem(
+            f"zero.offload = file with server.servers = {config.server.servers}",
+            why="workers have no optimizer state that files could hold",
+            mend="remove zero.offload",
+            keys=("zero.offload", "server.servers"),
+        )
+    if config.engine.kind != "native":
+        yield Problem(
+            f"engine.kind = {config.engine.kind} with server.servers = {config.server.servers}",
+            why="DeepSpeed updates parameters itself",
+            mend="set engine to native, or remove the servers",
+            keys=("engine.kind", "server.servers"),
+        )
+    for name, there in (
+        ("slurm", config.launch.slurm is not None),
+        ("mpi", config.launch.mpi is not None),
+        ("hosts", bool(config.launch.hosts)),
+        ("container", config.launch.container is not None),
+    ):
+        if there:
+            yield Problem(
+                f"launch.{name} with server.servers = {config.server.servers}",
+                why="this version starts servers and workers on one machine",
+                mend=f"remove launch.{name}",
+                keys=(f"launch.{name}", "server.servers"),
+            )

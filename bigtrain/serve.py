@@ -1,0 +1,117 @@
+"""What a server of a run is: the run's optimizer and policy, around what serves."""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bigtrain.comm.buckets import Segment
+from bigtrain.config.load import load_config
+from bigtrain.config.schema import Config
+from bigtrain.errors import LaunchError
+from bigtrain.lifetime import StopRequest
+from bigtrain.machine import threads_per_rank
+from bigtrain.observe.progress import setup_logging
+from bigtrain.optim import learning_rate, make_optimizer
+from bigtrain.optim.clip import grad_divisor
+from bigtrain.run_folder import RunFolder
+from bigtrain.server.board import Update
+from bigtrain.server.chaos import Chaos
+from bigtrain.server.environment import Environment
+from bigtrain.server.rounds import Closed, Rules
+from bigtrain.server.server import Server, Setup
+
+log = logging.getLogger(__name__)
+
+
+class RunPolicy:
+    """What a run wants of each update: the rate, clipping, and that no NaN gets in."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._nominal = 0.0  # items of a step of all workers
+
+    def begin(self, about: Mapping[str, Any]) -> None:
+        self._nominal = self.config.train.global_batch * float(about["items_per_sample"])
+
+    def update(self, closed: Closed, squares: float) -> Update:
+        """Return how to update, from (sum of losses, items, votes to stop) and squares."""
+        config, (loss_sum, items, *_) = self.config, closed.totals
+        correction = items / self._nominal if items > 0 else 1.0
+        norm = float(torch.tensor(squares, dtype=torch.float64).sqrt().float())
+        divisor = grad_divisor(norm / correction, correction, config.train.max_grad_norm)
+        step, steps = closed.number - 1, config.train.steps
+        rate = learning_rate(config.schedule, config.optimizer.lr, step, steps)
+        finite = math.isfinite(loss_sum) and math.isfinite(norm)
+        return Update(rate, divisor if finite else 1.0, not finite, norm)
+
+    def is_held(self, closed: Closed) -> bool:
+        every, number = self.config.checkpoint.every, closed.number
+        is_last = number >= self.config.train.steps or any(closed.totals[2:])
+        return is_last or (every > 0 and number % every == 0)
+
+
+def rules_of(config: Config) -> Rules:
+    """Return how rounds close."""
+    server = config.server
+    return Rules(
+        mode=server.mode,
+        workers=server.workers,
+        quorum=server.quorum or server.workers,
+        grace_seconds=server.grace_seconds,
+        stall_seconds=config.parallel.timeout_seconds / 2,
+        join_seconds=server.join_seconds,
+        staleness=server.staleness if server.mode == "ssp" else 0,
+    )
+
+
+def serve(config_path: str, overrides: Sequence[str], stop: StopRequest) -> None:
+    """Be a server, as the environment says which, until the run is over.
+
+    Raises:
+        BigtrainError: it cannot listen, or what the run needs is lost.
+    """
+    env = Environment.read()
+    assert env.server is not None
+    setup_logging(env.server, quiet=False)
+    config = load_config(config_path, overrides)
+    torch.set_num_threads(threads_per_rank(config.launch.threads_per_rank, config.server.servers))
+    setup = Setup(
+        index=env.server,
+        addresses=env.addresses,
+        token=env.token,
+        rules=rules_of(config),
+        batch=config.train.global_batch,
+        lease_seconds=config.server.lease_seconds,
+        status=RunFolder(Path(config.run.dir)).status,
+        chaos=Chaos(env.chaos, "server", env.server, env.incarnation),
+    )
+
+    def make(segments: Sequence[Segment]) -> Any:
+        return make_optimizer(segments, config.optimizer, config.run.kernels)
+
+    server = Server(setup, make, RunPolicy(config))
+    stop.call = server.stop
+    server.serve(_listener(env))
+
+
+def _listener(env: Environment) -> socket.socket:
+    """Return the socket that workers call: the launcher's, or one of our own."""
+    if env.listen_fd is not None:
+        return socket.socket(fileno=env.listen_fd)
+    assert env.server is not None
+    host, port = env.addresses[env.server]
+    try:
+        return socket.create_server(("", port))
+    except OSError as error:
+        raise LaunchError(
+            f"server {env.server} cannot listen at {host}:{port}",
+            why=error.strerror or str(error),
+            mend="give it another port in BIGTRAIN_SERVERS",
+        ) from error

@@ -1,0 +1,314 @@
+"""The board decides what an update is made of. The first of the servers that live keeps it.
+
+A round has two halves. In the first all servers are told which gradients it has, and add them up;
+so all know of the decision before anything follows from it. In the second they are told what to
+divide by, and the rate; when all have updated, workers are told. If the board dies, the next server
+asks all others how far they are, ends the round that is open, and goes on: nothing that a worker
+was told is undone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from bigtrain.server.protocol import Kind, number, numbers
+from bigtrain.server.rounds import Closed, Report, Rounds, Turn
+from bigtrain.server.shares import Share
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is done with the sum of gradients of a round. skip: nothing. norm: to be told."""
+
+    rate: float
+    divisor: float
+    skip: bool
+    norm: float
+
+
+class Policy(Protocol):
+    """What a run wants."""
+
+    def begin(self, about: Mapping[str, Any]) -> None:
+        """Take note of what the first worker tells of the run."""
+
+    def update(self, closed: Closed, squares: float) -> Update:
+        """Return what is done in this round; `squares`: of the summed gradient, undivided."""
+
+    def is_held(self, closed: Closed) -> bool:
+        """Does the speaker have something to do after this round that needs it to stay?"""
+
+
+class Voice(Protocol):
+    """How a board speaks."""
+
+    def tell(self, worker: int, kind: Kind, content: dict[str, Any]) -> None:
+        """Send to a worker, if there is a link."""
+
+    def order(self, kind: Kind, content: dict[str, Any]) -> None:
+        """Send to all servers that live, this one too."""
+
+    @property
+    def alive(self) -> frozenset[int]:
+        """Servers that live."""
+
+    @property
+    def num_servers(self) -> int:
+        """Servers that the run has begun with."""
+
+    @property
+    def num_updates(self) -> int:
+        """Updates that were made here: rounds that were not skipped."""
+
+    @property
+    def linked(self) -> frozenset[int]:
+        """Workers that have a link with this server."""
+
+
+@dataclass
+class _Sum:
+    """Numbers that are added up over the workers of a round."""
+
+    workers: tuple[int, ...]
+    offers: dict[int, list[float]] = field(default_factory=dict)
+
+
+class Board:
+    """Keeps the rounds, on the server that is first of those that live.
+
+    All servers have one, and tell it what they are told to do (`note`), so that it can take over.
+    """
+
+    def __init__(self, rounds: Rounds, policy: Policy, voice: Voice, lease_seconds: float) -> None:
+        self.rounds, self.policy, self.voice = rounds, policy, voice
+        self.lease_seconds = lease_seconds
+        self.active = False
+        self.outcome: dict[str, Any] | None = None  # of the last round that is over
+        self.round_message: dict[str, Any] | None = None  # the last ROUND, and the last APPLY
+        self.apply_message: dict[str, Any] | None = None
+        self._closed: Closed | None = None  # the round that is between its halves
+        self._answers: dict[int, float] = {}
+        self._waiting_for: set[int] = set()  # servers, in the second half
+        self._turns: dict[int, dict[str, Any]] = {}  # the last that each worker was told
+        self._expected: set[int] = set()  # workers that took part when the board before died
+        self._expected_until = 0.0
+        self._states: dict[int, dict[str, Any]] = {}
+        self._asked: set[int] = set()
+        self._sums: dict[str, _Sum] = {}
+
+    # -- taking over ---------------------------------------------------------------------------
+
+    def note(self, kind: Kind, content: dict[str, Any]) -> None:
+        """Remember what the board has ordered."""
+        if kind is Kind.ROUND:
+            self.round_message = content
+        elif kind is Kind.APPLY:
+            self.apply_message = content
+            self.outcome = content["outcome"]
+
+    def state(self) -> dict[str, Any]:
+        """Return how far this server is, for one that takes over."""
+        return {"round": self.round_message, "apply": self.apply_message}
+
+    def take_over(self, now: float) -> None:
+        """Become the board: of the whole run, or where another has died."""
+        self.active = True
+        self._expected_until = now + 2 * self.lease_seconds
+        self._asked = set(self.voice.alive)
+        self._states = {}
+        self.voice.order(Kind.STATE, {})
+
+    def on_state(self, server: int, content: dict[str, Any], now: float) -> None:
+        """A server has told how far it is."""
+        if self.active and self._asked:
+            self._states[server] = content
+            self._end_old_round(now)
+
+    def _end_old_round(self, now: float) -> None:
+        """Once all have told: go on from the furthest."""
+        if not self._asked or not self._asked & self.voice.alive <= self._states.keys():
+            return
+        self._asked = set()
+        states = self._states.values()
+        rounds = [s["round"] for s in states if s.get("round")]
+        applies = [s["apply"] for s in states if s.get("apply")]
+        last = max(rounds, key=lambda m: m["closed"]["number"], default=None)
+        done = max(applies, key=lambda m: m["number"], default=None)
+        if last is None:
+            if len(self.voice.alive) < self.voice.num_servers:  # somebody may have begun
+                self._expected = set(self.voice.linked) - self.rounds.members.keys()
+            return
+        log.warning("this server keeps the board now, from round %d on", last["closed"]["number"])
+        self._expected = self.rounds.take_up(last["rounds"]) & self.voice.linked
+        closed = Closed.from_message(last["closed"])
+        if done is not None and done["number"] == closed.number:
+            self._closed = closed
+            self._begin_second_half(done)
+        else:
+            self._begin_first_half(closed, last["rounds"])
+
+    # -- what happens --------------------------------------------------------------------------
+
+    def on_ready(
+        self, worker: int, incarnation: int, content: Mapping[str, Any], now: float
+    ) -> None:
+        """A worker can begin; or it tells a new board which round it is at work on."""
+        self._expected.discard(worker)
+        turn = content.get("turn")
+        if turn is not None:
+            clock, share = number(turn, "clock"), Share(*map(int, numbers(turn, "share", 2)))
+            member = self.rounds.members.get(worker)
+            if member is not None and (member.clock, member.incarnation) == (clock, incarnation):
+                return  # its link was cut for so short a time that nobody has noticed
+            if clock > self.rounds.version and self.rounds.shares.is_free(share):
+                self.rounds.adopt(worker, incarnation, clock, share, now)
+                return
+            self.rounds.ready(worker, incarnation, now, after=clock)
+            return
+        if self.rounds.began:
+            log.info("worker %d has joined at round %d", worker, self.rounds.version + 1)
+        self.rounds.ready(worker, incarnation, now)
+
+    def on_report(self, worker: int, content: Mapping[str, Any]) -> None:
+        """A worker's gradient of a round is with servers."""
+        report = Report(
+            number(content, "clock"),
+            number(content, "base"),
+            tuple(numbers(content, "totals")),
+            frozenset(map(int, numbers(content, "servers"))),
+        )
+        member, told = self.rounds.members.get(worker), self._turns.get(worker)
+        if member is None:
+            return
+        if report.clock < member.clock and report.clock not in member.reports and told is not None:
+            self.voice.tell(worker, Kind.TURN, told)  # it was lost with a link
+        self.rounds.report(worker, report)
+
+    def on_worker_lost(self, worker: int, why: str) -> None:
+        """A worker is gone, or has left."""
+        self._expected.discard(worker)
+        if worker in self.rounds.members:
+            self.rounds.lost(worker)
+            self._turns.pop(worker, None)
+            left = len(self.rounds.members)
+            log.info("worker %d: %s; %d of %d go on", worker, why, left, self.rounds.rules.workers)
+        self._check_sums()
+
+    def on_server_lost(self, now: float) -> None:
+        """A server is gone: whoever waits for it does not any more."""
+        if not self.active:
+            return
+        self._end_old_round(now)
+        if self._closed is None:
+            return
+        if self._waiting_for:
+            self._waiting_for &= self.voice.alive
+            self._finish_if_all_did(now)
+        else:  # others must answer for what it answered for
+            self._begin_first_half(self._closed, self.rounds.to_message())
+
+    def on_squares(self, server: int, content: Mapping[str, Any], now: float) -> None:
+        """A server has added up what it has of a round."""
+        closed = self._closed
+        if closed is None or self._waiting_for or content["number"] != closed.number:
+            return
+        if content["alive"] != sorted(self.voice.alive):
+            return  # to an order that holds no more
+        self._answers[server] = float(content["squares"])
+        if self._answers.keys() >= self.voice.alive:
+            total = sum(self._answers[s] for s in sorted(self.voice.alive))
+            update = self.policy.update(closed, total)
+            self._begin_second_half(
+                {
+                    "number": closed.number,
+                    "update": dataclasses.asdict(update),
+                    "outcome": {
+                        **closed.to_message(),
+                        "norm": update.norm,
+                        "skip": update.skip,
+                    },
+                }
+            )
+
+    def on_applied(self, server: int, done: int, now: float) -> None:
+        """A server has updated."""
+        if self._closed is not None and done == self._closed.number:
+            self._waiting_for.discard(server)
+            self._finish_if_all_did(now)
+
+    def on_offer(self, worker: int, content: Mapping[str, Any]) -> None:
+        """A worker has numbers to be added up with those of the other workers of the last round."""
+        name = str(content.get("name"))
+        workers = tuple(map(int, numbers(content, "workers")))
+        self._sums.setdefault(name, _Sum(workers)).offers[worker] = numbers(content, "values")
+        self._check_sums()
+
+    def _check_sums(self) -> None:
+        for name, one in list(self._sums.items()):
+            due = [w for w in one.workers if w in self.rounds.members or w in one.offers]
+            if all(w in one.offers for w in due):
+                del self._sums[name]
+                values = [sum(column) for column in zip(*one.offers.values(), strict=True)]
+                for worker in one.offers:
+                    self.voice.tell(worker, Kind.TOTAL, {"name": name, "values": values})
+
+    # -- what follows --------------------------------------------------------------------------
+
+    def go_on(self, now: float) -> None:
+        """Do what can be done: give turns, close a round. Called whenever something has happened,
+        and from time to time."""
+        if not self.active or self._asked or self._closed is not None:
+            return
+        if self._expected:
+            if now < self._expected_until:
+                return
+            for worker in list(self._expected):
+                self.on_worker_lost(worker, "it did not come to the new board")
+        self._give_turns(now)
+        closed = self.rounds.close(now, self.voice.alive)
+        if closed is not None:
+            self._begin_first_half(closed, self.rounds.to_message())
+
+    def _give_turns(self, now: float) -> None:
+        for turn in self.rounds.turns(now):
+            self._turns[turn.worker] = self._turn_message(turn)
+            self.voice.tell(turn.worker, Kind.TURN, self._turns[turn.worker])
+
+    def _turn_message(self, turn: Turn) -> dict[str, Any]:
+        return {
+            "clock": turn.clock,
+            "share": [turn.share.cursor, turn.share.number],
+            "version": self.rounds.version,
+            "cursor": self.rounds.shares.cursor,
+            "num_updates": self.voice.num_updates,
+            "workers": self.rounds.rules.workers,
+            "alive": sorted(self.voice.alive),
+            "outcome": self.outcome,
+        }
+
+    def _begin_first_half(self, closed: Closed, rounds: dict[str, Any]) -> None:
+        self._closed, self._answers = closed, {}
+        alive = sorted(self.voice.alive)
+        floor = 0 if self.rounds.rules.mode == "async" else closed.number
+        self.voice.order(
+            Kind.ROUND,
+            {"closed": closed.to_message(), "alive": alive, "floor": floor, "rounds": rounds},
+        )
+
+    def _begin_second_half(self, message: dict[str, Any]) -> None:
+        self._waiting_for = set(self.voice.alive)
+        self.voice.order(Kind.APPLY, message)
+
+    def _finish_if_all_did(self, now: float) -> None:
+        if self._closed is None or self._waiting_for:
+            return
+        closed, self._closed = self._closed, None
+        if self.policy.is_held(closed):
+            self.rounds.hold(closed.speaker)
+        self.go_on(now)

@@ -1,0 +1,100 @@
+"""Drills: what is to go wrong in a run, and when. No torch.
+
+    kill:worker=1,step=20            SIGKILL
+    stop:server=0,step=20,seconds=5  SIGSTOP, and SIGCONT after that time
+    cut:worker=1,step=20,seconds=5   nothing passes on any of its links, for that time
+    delay:worker=1,step=20,seconds=2,ms=50   each frame that it sends waits that long
+
+The process that is meant does it to itself when it gets to that step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from bigtrain.errors import BigtrainError
+
+What = Literal["kill", "stop", "cut", "delay"]
+_MEND = "write it like kill:worker=1,step=20 or stop:server=0,step=20,seconds=5"
+# Waits, then wakes its parent. A process of its own, since the one that is stopped cannot.
+_WAKE = "import os,sys,time; time.sleep(float(sys.argv[1])); os.kill(int(sys.argv[2]), 18)"
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happens to a worker or a server at a step. seconds: for how long; ms: of delay."""
+
+    what: What
+    role: Literal["worker", "server"]
+    index: int
+    step: int
+    seconds: float = 5.0
+    ms: float = 50.0
+
+    def __str__(self) -> str:
+        text = f"{self.what}:{self.role}={self.index},step={self.step}"
+        if self.what != "kill":
+            text += f",seconds={self.seconds:g}"
+        return text + (f",ms={self.ms:g}" if self.what == "delay" else "")
+
+
+def parse(text: str) -> Event:
+    """Return the event that `text` describes.
+
+    Raises:
+        BigtrainError: it describes none.
+    """
+    what, _, rest = text.partition(":")
+    given = dict(pair.partition("=")[::2] for pair in rest.split(",") if pair)
+    roles = [role for role in ("worker", "server") if role in given]
+
+    def refuse(why: str) -> BigtrainError:
+        return BigtrainError(f"--chaos {text} is no event", why=why, mend=_MEND)
+
+    if what not in get_args(What):
+        raise refuse(f"what happens is one of {', '.join(get_args(What))}")
+    if len(roles) != 1:
+        raise refuse("it says of one worker or one server what happens to it")
+    if unknown := given.keys() - {*roles, "step", "seconds", "ms"}:
+        raise refuse(f"{sorted(unknown)[0]} is not known")
+    try:
+        values = {name: float(value) for name, value in given.items()}
+    except ValueError:
+        raise refuse("all values are numbers") from None
+    whole = [values[roles[0]], values.get("step", 0.0)]
+    if "step" not in values or any(v < 0 or v != int(v) for v in whole):
+        raise refuse("a number of a worker or server, and a step, are whole numbers")
+    if any(not 0 <= v < 1e6 for v in values.values()):
+        raise refuse("times are not negative")
+    more = {name: values[name] for name in ("seconds", "ms") if name in values}
+    return Event(what, roles[0], *map(int, whole), **more)  # type: ignore[arg-type]
+
+
+class Chaos:
+    """The events of one process: those of its first incarnation."""
+
+    def __init__(self, events: Sequence[Event], role: str, index: int, incarnation: int) -> None:
+        mine = [e for e in events if (e.role, e.index) == (role, index) and not incarnation]
+        self.events = sorted(mine, key=lambda event: event.step)
+
+    def due(self, step: int) -> list[Event]:
+        """Return the events up to `step`, each once."""
+        due = [event for event in self.events if event.step <= step]
+        self.events = [event for event in self.events if event.step > step]
+        return due
+
+
+def suffer(event: Event) -> None:
+    """Do to this process what the event says, if that is done by a signal."""
+    if event.what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif event.what == "stop":
+        words = [sys.executable, "-c", _WAKE, str(event.seconds), str(os.getpid())]
+        subprocess.Popen(words, start_new_session=True, stdin=subprocess.DEVNULL)
+        os.kill(os.getpid(), signal.SIGSTOP)

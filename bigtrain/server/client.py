@@ -1,0 +1,404 @@
+"""The links of one rank of a worker with all servers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bigtrain.errors import CommError
+from bigtrain.server.chaos import Chaos
+from bigtrain.server.link import Link, Loop
+from bigtrain.server.protocol import Header, Kind, Malformed, Who
+from bigtrain.server.table import BlockSpec
+
+log = logging.getLogger(__name__)
+
+_CALL_SECONDS = 0.3  # between two tries to reach a server
+
+
+@dataclass
+class _Pull:
+    """A tensor that is to come: a version from `version` on, into `room`."""
+
+    version: int
+    room: memoryview
+    asked: Link | None = None
+    came: int | None = None  # the version that has
+
+
+class Client:
+    """Speaks with all servers, on a thread of its own; the training thread calls it and waits.
+
+    who: this rank. addresses: of the servers, by number. lease_seconds: of silence after which a
+    server counts as gone. patience_seconds: how long any wait may take.
+    """
+
+    def __init__(
+        self,
+        who: Who,
+        addresses: Sequence[tuple[str, int]],
+        token: str,
+        *,
+        lease_seconds: float = 5.0,
+        patience_seconds: float = 300.0,
+        chaos: Chaos | None = None,
+    ) -> None:
+        self.who, self.addresses = who, list(addresses)
+        self.lease_seconds, self.patience_seconds = lease_seconds, patience_seconds
+        self.chaos = chaos or Chaos([], "worker", who.index, who.incarnation)
+        self.wanted: dict[int, dict[str, Any]] = {}  # server -> what it said to what we declared
+        self._specs: dict[int, BlockSpec] = {}
+        self._links: dict[int, Link] = {}
+        self._identities: dict[int, str] = {}
+        self._dead: set[int] = set()
+        self._called: dict[int, float] = {}
+        self._pushes: dict[int, dict[int, memoryview]] = {}  # round -> key -> gradient
+        self._have: dict[int, set[int]] = {}  # round -> servers that have all of ours
+        self._pulls: dict[tuple[int, int], _Pull] = {}
+        self._ready: dict[str, Any] | None = None
+        self._turn: dict[str, Any] | None = None  # the last one that the board gave
+        self._report: dict[str, Any] | None = None
+        self._reported_to: Link | None = None
+        self._totals: dict[str, list[float]] = {}
+        self._offer: dict[str, Any] | None = None
+        self._failure: BaseException | None = None
+        self._changed = threading.Condition()
+        self._loop = Loop(self, token, lease_seconds)
+
+    # -- from the training thread --------------------------------------------------------------
+
+    def start(self, specs: Sequence[BlockSpec]) -> None:
+        """Declare our blocks to their servers, and return once all have answered (`wanted`).
+
+        Raises:
+            CommError: a server cannot be reached, or refuses us.
+        """
+        self._specs = {spec.key: spec for spec in specs}
+        self._loop.start()
+        everybody = range(len(self.addresses))
+        self._wait(
+            "all servers to answer",
+            lambda: all(s in self._dead or s in self.wanted for s in everybody),
+        )
+
+    def fill(self, values: Mapping[tuple[int, int], memoryview], about: dict[str, Any]) -> None:
+        """Give values to servers that want them: of (key, part), and what all is `about`."""
+
+        def go() -> None:
+            for server, link in self._links.items():
+                if not self.wanted[server]["fill"]:
+                    continue
+                for (key, part), data in values.items():
+                    if server in self._specs[key].servers:
+                        link.send(Kind.VALUES, data, key=key, part=part)
+                link.say(Kind.FILLED, about)
+
+        self._on_loop(go)
+
+    def ready(self) -> None:
+        """Tell the board that this worker can begin (rank 0 only)."""
+
+        def go() -> None:
+            self._ready = {}
+            self._say_ready()
+
+        self._on_loop(go)
+
+    def next_turn(self, after: int) -> dict[str, Any]:
+        """Return the board's word on what to do, once it is about a later round than `after`.
+
+        Raises:
+            CommError: no server is left, or nothing comes.
+        """
+        self._wait(
+            "the next round",
+            lambda: self._turn is not None and self._turn["clock"] > after,
+            None,  # others may be slow; who is gone is noticed
+        )
+        assert self._turn is not None
+        for event in self.chaos.due(self._turn["clock"]):
+            self._loop.suffer(event)
+        return self._turn
+
+    def push(self, clock: int, key: int, gradient: memoryview) -> None:
+        """Send a block's gradient to its servers; it must stay as it is until the next turn."""
+
+        def go() -> None:
+            self._pushes.setdefault(clock, {})[key] = gradient
+            for server in self._specs[key].servers:
+                if server in self._links:
+                    self._links[server].send(Kind.PUSH, gradient, key=key, step=clock)
+
+        self._on_loop(go)
+
+    def wait_pushed(self, clock: int) -> list[int]:
+        """Return the servers that have all our gradients of a round: all that we have links with.
+
+        Raises:
+            CommError: no server is left.
+        """
+        self._wait("servers to have our gradients", lambda: self._has_arrived(clock))
+        return sorted(self._complete(clock))
+
+    def report(self, clock: int, base: int, totals: Sequence[float], servers: list[int]) -> None:
+        """Tell the board that our part of a round is with `servers` (rank 0 only)."""
+
+        def go() -> None:
+            self._report = {
+                "clock": clock,
+                "base": base,
+                "totals": list(totals),
+                "servers": servers,
+            }
+            self._say_report()
+
+        self._on_loop(go)
+
+    def pull(self, wanted: Sequence[tuple[int, int, int, memoryview]]) -> None:
+        """Ask for tensors, in this order: (key, part, version, where it is to go)."""
+
+        def go() -> None:
+            for key, part, version, room in wanted:
+                pull = self._pulls[key, part] = _Pull(version, room)
+                self._ask(key, part, pull)
+
+        self._on_loop(go)
+
+    def wait_pulled(self, key: int, part: int = 0) -> int:
+        """Return the version of a tensor that was asked for, once it is here.
+
+        Raises:
+            CommError: no server that holds it is left.
+        """
+
+        def there() -> bool:
+            pull = self._pulls.get((key, part))
+            return pull is not None and pull.came is not None
+
+        self._wait(f"block {key}", there)
+        came = self._pulls.pop((key, part)).came
+        assert came is not None
+        return came
+
+    def add_up(self, name: str, workers: Sequence[int], values: Sequence[float]) -> list[float]:
+        """Return the sum of `values` over those of `workers` that live (rank 0 only)."""
+        offer = {"name": name, "workers": list(workers), "values": list(values)}
+
+        def go() -> None:
+            self._offer = offer
+            board = self._board()
+            if board is not None:
+                board.say(Kind.OFFER, offer)
+
+        self._on_loop(go)
+        self._wait(name, lambda: name in self._totals, None)
+        return self._totals.pop(name)
+
+    def leave(self) -> None:
+        """Say goodbye and end."""
+
+        def go() -> None:
+            for link in self._links.values():
+                link.say(Kind.BYE)
+
+        self._loop.call(go)
+        self._loop.stop()
+
+    @property
+    def alive(self) -> set[int]:
+        """Servers that are not known to be gone."""
+        return set(range(len(self.addresses))) - self._dead
+
+    # -- waiting -------------------------------------------------------------------------------
+
+    def _on_loop(self, function: Callable[[], None]) -> None:
+        self._raise_failure()
+        self._loop.call(function)
+
+    def _wait(self, what: str, there: Callable[[], bool], patience: float | None = -1.0) -> None:
+        """Wait until `there()`; a patience of None has no end as long as a server lives."""
+        if patience == -1.0:
+            patience = self.patience_seconds
+        end = None if patience is None else time.monotonic() + patience
+        with self._changed:
+            while not there():
+                self._raise_failure()
+                self._changed.wait(0.5)
+                if end is not None and time.monotonic() > end:
+                    raise CommError(
+                        f"worker {self.who.index} has waited {patience:g} s for {what}",
+                        why=f"it has links with server(s) {sorted(self._links)}",
+                        mend="look at the servers' logs; parallel.timeout_seconds bounds the wait",
+                    )
+
+    def _raise_failure(self) -> None:
+        failure = self._failure or self._loop.error
+        if failure is not None:
+            raise failure
+
+    def _fail(self, what: str, why: str = "", mend: str = "") -> None:
+        if self._failure is None:
+            self._failure = CommError(what, why=why, mend=mend or "see the servers' logs")
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    # -- links (on the loop's thread, as all that follows) -------------------------------------
+
+    def tick(self, now: float) -> None:
+        for server, address in enumerate(self.addresses):
+            idle = now - self._called.get(server, 0.0) >= _CALL_SECONDS
+            if idle and server not in self._links and server not in self._dead:
+                self._called[server] = now
+                if not any(link.target == server for link in self._loop.links):
+                    self._loop.connect(address, self.who, server)
+        for (key, part), pull in self._pulls.items():
+            if pull.came is None and (pull.asked is None or not pull.asked.open):
+                self._ask(key, part, pull)
+        self._notify()
+
+    def greet(self, who: Who) -> dict[str, Any]:
+        raise Malformed("a worker takes no links")
+
+    def opened(self, link: Link, greeting: dict[str, Any]) -> None:
+        server, identity = link.target, str(greeting.get("identity"))
+        known = self._identities.setdefault(server, identity)
+        if known != identity:
+            self._dead.add(server)
+            link.close("it was started again, and holds nothing")
+            return
+        for other in set(range(len(self.addresses))) - set(greeting.get("alive", [])):
+            self._dead.add(other)  # those whom we know well, too: the board does without
+        self._links[server] = link
+        mine = [spec for spec in self._specs.values() if server in spec.servers]
+        link.say(Kind.DECLARE, {"blocks": [spec.to_message() for spec in mine]})
+        for clock, pushes in self._pushes.items():
+            for key, gradient in pushes.items():
+                if server in self._specs[key].servers:
+                    link.send(Kind.PUSH, gradient, key=key, step=clock)
+        self._check_in()
+        self._notify()
+
+    def closed(self, link: Link, why: str) -> None:
+        server = link.target
+        if self._links.get(server) is link:
+            del self._links[server]
+        if link.refused:
+            self._fail(
+                f"server {server} has refused worker {self.who.index}",
+                why=why,
+                mend="start all processes of a run by one `bigtrain launch`, with one config",
+            )
+        for pull in self._pulls.values():
+            if pull.asked is link and pull.came is None:
+                pull.asked = None
+        self._check_in()
+        self._notify()
+
+    def _board(self) -> Link | None:
+        """Return the link with the server that keeps the board, as far as we can tell."""
+        return self._links[min(self._links)] if self._links else None
+
+    def _check_in(self) -> None:
+        """Tell the board where we are, if it is another than before, or our link with it is new."""
+        board = self._board()
+        if board is None or board is self._reported_to:
+            return
+        self._reported_to = board
+        self._say_ready()
+        self._say_report()
+        if self._offer is not None and self._offer["name"] not in self._totals:
+            board.say(Kind.OFFER, self._offer)
+
+    def _say_ready(self) -> None:
+        board = self._board()
+        if board is not None and self._ready is not None:
+            turn = self._turn and {"clock": self._turn["clock"], "share": self._turn["share"]}
+            board.say(Kind.READY, {"turn": turn} if turn else {})
+
+    def _say_report(self) -> None:
+        board = self._board()
+        if board is not None and self._report is not None:
+            board.say(Kind.REPORT, self._report)
+
+    # -- frames --------------------------------------------------------------------------------
+
+    def room(self, link: Link, header: Header) -> memoryview:
+        pull = self._pulls.get((header.key, header.part))
+        if header.kind is not Kind.TENSOR or pull is None or pull.asked is not link:
+            raise Malformed(f"{header.kind.name} that nobody has asked for")
+        return pull.room
+
+    def frame(self, link: Link, header: Header, content: dict[str, Any]) -> None:
+        kind = header.kind
+        if kind is Kind.TENSOR:
+            pull = self._pulls.get((header.key, header.part))
+            if pull is not None and pull.asked is link:
+                pull.came = header.step
+        elif kind is Kind.HAVE:
+            self._have.setdefault(header.step, set()).add(link.target)
+            self._report_again(header.step)
+        elif kind is Kind.WANTED:
+            self.wanted[link.target] = content
+        elif kind is Kind.TURN:
+            self._on_turn(content)
+        elif kind is Kind.TOTAL:
+            self._totals[str(content["name"])] = content["values"]
+        else:
+            raise Malformed(f"{kind.name} from a server")
+        self._notify()
+
+    def _on_turn(self, turn: dict[str, Any]) -> None:
+        if self._turn is not None and turn["clock"] <= self._turn["clock"]:
+            return
+        self._turn, self._report = turn, None
+        for clock in [clock for clock in self._pushes if clock < turn["clock"]]:
+            del self._pushes[clock]
+        for clock in [clock for clock in self._have if clock < turn["clock"]]:
+            del self._have[clock]
+        for server in set(range(len(self.addresses))) - set(turn["alive"]) - self._dead:
+            self._dead.add(server)
+            log.info("worker %d goes on without server %d", self.who.index, server)
+            if server in self._links:
+                self._links[server].close("the board has given it up")
+
+    def _report_again(self, clock: int) -> None:
+        """A server has our gradients that had not when we reported: then it counts."""
+        report = self._report
+        if report is not None and report["clock"] == clock and self.who.ranks == 1:
+            servers = sorted(self._complete(clock))
+            if servers != report["servers"]:
+                self._report = {**report, "servers": servers}
+                self._say_report()
+
+    def _complete(self, clock: int) -> set[int]:
+        """Return the servers that have all that we push to them, or that we push nothing to."""
+        receive = {server for spec in self._specs.values() for server in spec.servers}
+        idle = self._links.keys() - receive
+        return self._have.get(clock, set()) | idle
+
+    def _has_arrived(self, clock: int) -> bool:
+        if not self._links:
+            return False
+        complete = len(self._pushes.get(clock, ())) == len(self._specs)
+        return complete and self._links.keys() <= self._complete(clock)
+
+    def _ask(self, key: int, part: int, pull: _Pull) -> None:
+        """Ask the first server that holds the block and that we have a link with."""
+        holders = self._specs[key].servers
+        link = next((self._links[s] for s in holders if s in self._links), None)
+        if link is not None:
+            pull.asked = link
+            link.say(Kind.PULL, key=key, step=pull.version, part=part)
+        elif set(holders) <= self._dead:
+            self._fail(
+                f"all servers that hold block {key} are gone",
+                why="what they had since the last checkpoint is lost with them",
+                mend="--resume goes on from the last checkpoint; more server.replicas survive the "
+                "end of more servers",
+            )

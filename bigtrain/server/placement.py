@@ -1,0 +1,34 @@
+"""Which servers hold a block. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+
+def place(
+    names: Sequence[str], sizes: Sequence[int], servers: int, replicas: int
+) -> list[tuple[int, ...]]:
+    """Return the servers of each block, the first of which answers for it while it lives.
+
+    All hold about as many elements, and answer for as many: the largest block first, each goes to
+    the servers that have least, and hashes decide between equals. (Blocks are few and large, so
+    that hashes alone would leave one server with most of them.) All who know the same blocks come
+    to the same answer.
+    """
+    found: list[tuple[int, ...]] = [()] * len(names)
+    held, answers = [0] * servers, [0] * servers
+    order = sorted(range(len(names)), key=lambda i: (-sizes[i], names[i]))
+    for index in order:
+        by_hash = sorted(range(servers), key=lambda s: _weight(names[index], s))
+        chosen = sorted(by_hash, key=lambda s: held[s])[: min(replicas, servers)]
+        chosen.sort(key=lambda s: answers[s])
+        answers[chosen[0]] += sizes[index]
+        for server in chosen:
+            held[server] += sizes[index]
+        found[index] = tuple(chosen)
+    return found
+
+
+def _weight(name: str, server: int) -> bytes:
+    return hashlib.sha256(f"{name}|{server}".encode()).digest()

@@ -1,0 +1,563 @@
+"""One server: takes gradients from workers, updates what it holds, gives parameters back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bigtrain.errors import BigtrainError
+from bigtrain.server.board import Board, Policy
+from bigtrain.server.chaos import Chaos
+from bigtrain.server.link import Link, Loop
+from bigtrain.server.protocol import Header, Kind, Malformed, Who, nonce, number
+from bigtrain.server.rounds import Closed, Rounds, Rules
+from bigtrain.server.shares import Shares
+from bigtrain.server.table import BlockSpec, MakeOptimizer, Source, Table
+
+log = logging.getLogger(__name__)
+
+_CALL_SECONDS = 0.5  # between two tries to reach another server
+_STATUS_SECONDS = 0.5
+_FROM_SERVERS = frozenset({Kind.ROUND, Kind.SQUARES, Kind.APPLY, Kind.APPLIED, Kind.STATE})
+
+
+@dataclass
+class Setup:
+    """What a server must know to be one.
+
+    index: its number among `addresses`. token: the run's secret. lease_seconds: of silence after
+    which a peer is gone. batch: samples of a step. status: file that tells how the run is.
+    """
+
+    index: int
+    addresses: Sequence[tuple[str, int]]
+    token: str
+    rules: Rules
+    batch: int
+    lease_seconds: float = 5.0
+    status: Path | None = None
+    chaos: Chaos = field(default_factory=lambda: Chaos([], "server", 0, 0))
+
+
+class Server:
+    """Serves until all workers have left, or `stop` is called.
+
+    What moves frames, and the board, run on the loop's thread; sums and updates on another.
+    """
+
+    def __init__(self, setup: Setup, make_optimizer: MakeOptimizer, policy: Policy) -> None:
+        self.setup, self.policy = setup, policy
+        self.table = Table(make_optimizer)
+        self.loop = Loop(self, setup.token, setup.lease_seconds)
+        self.identity = nonce()  # of this process: one that is started again is another
+        self.failure: BaseException | None = None
+        self.version = 0
+        self._workers: dict[tuple[int, int], Link] = {}  # (worker, rank)
+        self._servers: dict[int, Link] = {}
+        self._dead: set[int] = set()
+        self._silent: set[int] = set()  # of these, those whose end nobody has seen
+        self._cut_since: float | None = None
+        self._called: dict[int, float] = {}
+        self._board: Board | None = None
+        self._declared: dict[int, set[int]] = {}  # worker -> ranks
+        self._keys: dict[tuple[int, int], list[int]] = {}  # (worker, rank) -> what it pushes
+        self._filler: int | None = None
+        self._filled: set[int] = set()  # ranks of the filler that are done
+        self._is_filled = False
+        self._waiting_ready: list[tuple[Link, dict[str, Any]]] = []
+        self._got: dict[Source, dict[int, set[int]]] = {}  # rank -> keys that are here
+        self._pulls: dict[int, list[tuple[Link, int, int]]] = {}  # key -> (link, part, version)
+        self._updating = False
+        self._jobs = ThreadPoolExecutor(1, thread_name_prefix="bigtrain updates")
+        self._told: set[tuple[int, int]] = set()  # who knows whether we want its values
+        self._someone_left = self._is_over = False
+        self._status_at = 0.0
+        self._begun = time.monotonic()
+        self._rate: list[tuple[float, int]] = []
+
+    # -- the outside ---------------------------------------------------------------------------
+
+    def serve(self, listener: Any) -> None:
+        """Serve on this thread, until all is over.
+
+        Raises: what has failed.
+        """
+        self.loop.listen(listener)
+        try:
+            self.loop.run()
+        finally:
+            self._jobs.shutdown(wait=True, cancel_futures=True)
+        failure = self.failure or self.loop.error
+        if failure is not None:
+            raise failure
+
+    def stop(self) -> None:
+        """End soon; may be called from any thread, and from a signal's handler."""
+        self._is_over = True
+        self.loop.stop()
+
+    # -- as the board sees it ------------------------------------------------------------------
+
+    @property
+    def alive(self) -> frozenset[int]:
+        return frozenset(range(len(self.setup.addresses))) - self._dead
+
+    @property
+    def num_servers(self) -> int:
+        return len(self.setup.addresses)
+
+    @property
+    def num_updates(self) -> int:
+        assert self.table.optimizer is not None
+        return self.table.optimizer.num_updates
+
+    @property
+    def linked(self) -> frozenset[int]:
+        return frozenset(worker for worker, _ in self._workers)
+
+    def tell(self, worker: int, kind: Kind, content: dict[str, Any]) -> None:
+        link = self._workers.get((worker, 0))
+        if link is not None:
+            link.say(kind, content)
+
+    def order(self, kind: Kind, content: dict[str, Any]) -> None:
+        for server in sorted(self.alive - {self.setup.index}):
+            if server in self._servers:
+                self._servers[server].say(kind, content)
+        # Not before what we do now is done: an order follows from another.
+        self.loop.call(lambda: self._obey(kind, content, self.setup.index))
+
+    # -- links ---------------------------------------------------------------------------------
+
+    def greet(self, who: Who) -> dict[str, Any]:
+        if who.role == "worker" and who.index >= self.setup.rules.workers:
+            raise Malformed(f"{who}, of {self.setup.rules.workers} (server.workers)")
+        if who.role == "server":
+            if who.index >= len(self.setup.addresses):
+                raise Malformed(f"{who}, of {len(self.setup.addresses)}")
+            if who.index in self._dead:
+                raise Malformed(f"{who} was given up; the run goes on without it")
+        known = self._workers.get((who.index, who.rank)) if who.role == "worker" else None
+        if known is not None and known.who is not None:
+            if known.who.incarnation > who.incarnation:
+                raise Malformed(f"{who} was started again since")
+            known.close("it has come by another link")
+        return {"identity": self.identity, "alive": sorted(self.alive)}
+
+    def opened(self, link: Link, greeting: dict[str, Any]) -> None:
+        who = link.who
+        assert who is not None
+        if who.role == "server":
+            self._servers[who.index] = link
+            self._see_who_keeps_the_board()
+        else:
+            self._workers[who.index, who.rank] = link
+
+    def closed(self, link: Link, why: str) -> None:
+        who = link.who
+        for waiting in self._pulls.values():
+            waiting[:] = [pull for pull in waiting if pull[0] is not link]
+        self._waiting_ready = [w for w in self._waiting_ready if w[0] is not link]
+        if who is None:
+            return
+        if who.role == "server" and self._servers.get(who.index) is link:
+            del self._servers[who.index]
+            self._lose_server(who.index, why, silent=link.silent)
+        elif who.role == "worker" and self._workers.get((who.index, who.rank)) is link:
+            del self._workers[who.index, who.rank]
+            self._lose_worker(who, why)
+
+    def _lose_server(self, server: int, why: str, *, silent: bool = False) -> None:
+        if self._is_over or server in self._dead:
+            return
+        self._dead.add(server)
+        if silent:
+            self._silent.add(server)
+        log.warning("server %d: %s; the run goes on without it", server, why)
+        gone = [k for k in self.table.keys if not set(self.table.servers_of(k)) & self.alive]
+        if gone:
+            self._fail(
+                BigtrainError(
+                    f"all servers that held block {gone[0]} are gone",
+                    why="what they had since the last checkpoint is lost with them",
+                    mend="--resume goes on from the last checkpoint; with more server.replicas the "
+                    "run survives the end of more servers",
+                )
+            )
+        self._see_who_keeps_the_board()
+        if self._board is not None:
+            self._board.on_server_lost(time.monotonic())
+            self._board.go_on(time.monotonic())
+
+    def _lose_worker(self, who: Who, why: str) -> None:
+        if who.index == self._filler and not self._is_filled:
+            self._filler, self._filled = None, set()
+            self._offer_to_be_filled()
+        self._declared.get(who.index, set()).discard(who.rank)
+        self._told.discard((who.index, who.rank))
+        if self._board is not None:
+            self._board.on_worker_lost(who.index, why)
+            self._board.go_on(time.monotonic())
+        if self._someone_left and not self._workers:  # nobody will come again
+            self.stop()
+
+    def _see_who_keeps_the_board(self) -> None:
+        """Keep the board, if it is our turn."""
+        mine = self.setup.index == min(self.alive)
+        together = self._servers.keys() >= self.alive - {self.setup.index}
+        if self._board is not None and mine and together and not self._board.active:
+            self._board.take_over(time.monotonic())
+            ready, self._waiting_ready = self._waiting_ready, []
+            for link, content in ready:
+                self._on_board_frame(link, Kind.READY, content)
+
+    # -- frames --------------------------------------------------------------------------------
+
+    def room(self, link: Link, header: Header) -> memoryview:
+        who = link.who
+        assert who is not None
+        if who.role != "worker" or header.kind is Kind.TENSOR:
+            raise Malformed(f"{header.kind.name} from {who}")
+        if header.kind is Kind.VALUES:
+            if who.index != self._filler or self._is_filled:
+                raise Malformed("values that nobody has asked for")
+            return self.table.room_for_values(header.key, header.part)
+        if self._is_old(header.step):  # its bytes must go somewhere
+            return memoryview(bytearray(header.length))
+        if header.step > self.version + 2 + self.setup.rules.staleness:
+            raise Malformed(f"a gradient of round {header.step}, after round {self.version}")
+        return self.table.room_for_gradient(_source(who, header), header.key)
+
+    def _is_old(self, clock: int) -> bool:
+        return self.setup.rules.mode != "async" and clock <= self.version
+
+    def frame(self, link: Link, header: Header, content: dict[str, Any]) -> None:
+        who = link.who
+        assert who is not None
+        if (header.kind in _FROM_SERVERS) != (who.role == "server"):
+            raise Malformed(f"{header.kind.name} from {who}")
+        if who.role == "server":
+            self._obey(header.kind, content, who.index)
+        elif header.kind is Kind.PUSH:
+            self._on_push(link, who, header)
+        elif header.kind is Kind.PULL:
+            self._on_pull(link, header)
+        elif header.kind is Kind.VALUES:
+            pass  # they are in their place
+        elif header.kind is Kind.DECLARE:
+            self._on_declare(link, who, content)
+        elif header.kind is Kind.FILLED:
+            self._on_filled(who, content)
+        elif header.kind is Kind.BYE:
+            self._someone_left = True
+            link.close("it has left")
+        elif header.kind in (Kind.READY, Kind.REPORT, Kind.OFFER) and who.rank == 0:
+            self._on_board_frame(link, header.kind, content)
+        else:
+            raise Malformed(f"{header.kind.name} from {who}")
+
+    # -- at the beginning ----------------------------------------------------------------------
+
+    def _on_declare(self, link: Link, who: Who, content: dict[str, Any]) -> None:
+        blocks = content.get("blocks")
+        if not isinstance(blocks, list):
+            raise Malformed("no blocks")
+        specs = [BlockSpec.from_message(block) for block in blocks]
+        mine = [spec for spec in specs if self.setup.index in spec.servers]
+        if self.table.optimizer is not None and not self.table.knows([s.key for s in mine]):
+            raise Malformed("a block that other workers do not have: their layout differs")
+        self.table.declare(mine)
+        self._keys[who.index, who.rank] = [spec.key for spec in mine]
+        ranks = self._declared.setdefault(who.index, set())
+        ranks.add(who.rank)
+        if self.table.optimizer is None and len(ranks) == who.ranks:
+            self.table.build()
+        self._offer_to_be_filled()
+
+    def _offer_to_be_filled(self) -> None:
+        """Tell workers that have declared all their blocks whether we want their values."""
+        if self.table.optimizer is None:
+            return
+        for (worker, rank), link in sorted(self._workers.items()):
+            assert link.who is not None
+            if len(self._declared.get(worker, ())) < link.who.ranks or (worker, rank) in self._told:
+                continue
+            if self._filler is None:
+                self._filler = worker
+            if self._is_filled or worker == self._filler:
+                self._told.add((worker, rank))
+                link.say(
+                    Kind.WANTED,
+                    {
+                        "fill": not self._is_filled,
+                        "moments": self.table.moments,
+                        "version": self.version,
+                    },
+                )
+
+    def _on_filled(self, who: Who, content: dict[str, Any]) -> None:
+        if who.index != self._filler or self._is_filled:
+            raise Malformed("FILLED, which nobody has asked for")
+        self._filled.add(who.rank)
+        if len(self._filled) < who.ranks:
+            return
+        assert self.table.optimizer is not None
+        self.table.rounded()
+        self.table.optimizer.num_updates = number(content, "num_updates")
+        self.version = number(content, "step")
+        self.policy.begin(content)
+        self._is_filled = True
+        shares = Shares(self.setup.rules.workers, self.setup.batch, number(content, "cursor"))
+        rounds = Rounds(self.setup.rules, shares, self.version)
+        self._board = Board(rounds, self.policy, self, self.setup.lease_seconds)
+        self._see_who_keeps_the_board()
+        self._offer_to_be_filled()
+
+    # -- gradients and parameters --------------------------------------------------------------
+
+    def _on_push(self, link: Link, who: Who, header: Header) -> None:
+        if not self._is_old(header.step):
+            have = self._got.setdefault(_source(who, header), {}).setdefault(who.rank, set())
+            have.add(header.key)
+            if len(have) < len(self._keys.get((who.index, who.rank), ())):
+                return
+        link.say(Kind.HAVE, step=header.step)
+
+    def _on_pull(self, link: Link, header: Header) -> None:
+        self._pulls.setdefault(header.key, []).append((link, header.part, header.step))
+        if header.step <= self.version and not self._updating:
+            self._answer_pulls(header.key, self.version)
+
+    def _answer_pulls(self, key: int, version: int) -> None:
+        waiting = self._pulls.pop(key, [])
+        later = [pull for pull in waiting if pull[2] > version]
+        if later:
+            self._pulls[key] = later
+        for link, part, wanted in waiting:
+            if wanted <= version:
+                try:
+                    data, sent = self.table.send(key, part)
+                except Malformed as error:
+                    link.refuse(str(error))
+                    continue
+                link.send(Kind.TENSOR, data, sent, key=key, step=version, part=part)
+
+    # -- orders of the board, and answers ------------------------------------------------------
+
+    def _on_board_frame(self, link: Link, kind: Kind, content: dict[str, Any]) -> None:
+        who, board, now = link.who, self._board, time.monotonic()
+        assert who is not None
+        if board is None or not board.active:
+            if kind is Kind.READY:  # it knows of a board's end before we do
+                self._waiting_ready.append((link, content))
+            return
+        if kind is Kind.READY:
+            board.on_ready(who.index, who.incarnation, content, now)
+        elif kind is Kind.REPORT:
+            board.on_report(who.index, content)
+        else:
+            board.on_offer(who.index, content)
+        board.go_on(now)
+
+    def _obey(self, kind: Kind, content: dict[str, Any], sender: int) -> None:
+        """Do what a board orders, or take what a server answers."""
+        board, now = self._board, time.monotonic()
+        if board is None:
+            return
+        if kind is Kind.STATE:
+            if content:
+                board.on_state(sender, content, now)
+            else:
+                self._answer(sender, Kind.STATE, {"server": self.setup.index, **board.state()})
+        elif kind is Kind.ROUND:
+            board.note(kind, content)
+            self._on_round(content, sender)
+        elif kind is Kind.APPLY:
+            self._on_apply(content, sender)
+        elif kind is Kind.SQUARES:
+            board.on_squares(sender, content, now)
+        elif kind is Kind.APPLIED:
+            board.on_applied(sender, number(content, "number"), now)
+        if board.active:
+            board.go_on(now)
+
+    def _answer(self, server: int, kind: Kind, content: dict[str, Any]) -> None:
+        if server == self.setup.index:
+            self.loop.call(lambda: self._obey(kind, content, server))
+        elif server in self._servers:
+            self._servers[server].say(kind, content)
+
+    def _on_round(self, content: Mapping[str, Any], sender: int) -> None:
+        closed, alive = Closed.from_message(content["closed"]), content["alive"]
+        if closed.number <= self.version:
+            return  # it is done already: the board will see by APPLY
+        sources = [(part.worker, part.incarnation, part.clock) for part in closed.parts]
+        mine = [
+            key
+            for key in self.table.keys
+            if next(s for s in self.table.servers_of(key) if s in alive) == self.setup.index
+        ]
+
+        def work() -> float:
+            missing = self.table.add_up(sources)
+            assert not missing, f"what a worker has reported is not here: {missing[:3]}"
+            return self.table.squares(mine)
+
+        def done(squares: float) -> None:
+            answer = {"number": closed.number, "alive": alive, "squares": squares}
+            self._answer(sender, Kind.SQUARES, answer)
+
+        self._do(work, done)
+
+    def _on_apply(self, content: dict[str, Any], sender: int) -> None:
+        assert self._board is not None
+        done_number = number(content, "number")
+        if done_number <= self.version:
+            self._answer(sender, Kind.APPLIED, {"number": done_number})
+            return
+        self._board.note(Kind.APPLY, content)
+        update, outcome = content["update"], Closed.from_message(content["outcome"])
+        self.table.detach_sent()
+        self._updating = True
+
+        def answer(key: int) -> None:
+            self.loop.call(lambda: self._answer_pulls(key, done_number))
+
+        def work() -> None:
+            if not update["skip"]:
+                self.table.apply(update["rate"], update["divisor"], answer)
+
+        def done(_: None) -> None:
+            self._updating, self.version = False, done_number
+            self._forget(outcome)
+            for key in list(self._pulls):
+                self._answer_pulls(key, done_number)
+            self._answer(sender, Kind.APPLIED, {"number": done_number})
+            for event in self.setup.chaos.due(done_number):
+                self.loop.suffer(event)
+
+        self._do(work, done)
+
+    def _forget(self, closed: Closed) -> None:
+        """Drop what no later update will want."""
+        used = {part.worker: (part.incarnation, part.clock) for part in closed.parts}
+
+        def is_over(source: Source) -> bool:
+            worker, incarnation, clock = source
+            return self._is_old(clock) or (incarnation, clock) <= used.get(worker, (-1, -1))
+
+        self.table.forget(is_over)
+        for source in [source for source in self._got if is_over(source)]:
+            del self._got[source]
+
+    def _do(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        """Have `work` done on the other thread, one after the other, and `done` here."""
+
+        def ended(future: Future) -> None:
+            if future.cancelled():
+                return
+            error = future.exception()
+            if error is not None:
+                self.loop.call(lambda: self._fail(error))
+            else:
+                self.loop.call(lambda: done(future.result()))
+
+        self._jobs.submit(work).add_done_callback(ended)
+
+    def _fail(self, error: BaseException) -> None:
+        """End, telling all workers why."""
+        self.failure = self.failure or error
+        for link in list(self._workers.values()):
+            link.refuse(str(error))
+        self.stop()
+
+    # -- from time to time ---------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        for server in range(self.setup.index):  # those before us listen, we call
+            idle = now - self._called.get(server, 0.0) >= _CALL_SECONDS
+            if idle and server not in self._servers and server not in self._dead:
+                self._called[server] = now
+                me = Who("server", self.setup.index)
+                self.loop.connect(self.setup.addresses[server], me, server)
+        missing = self.alive - self._servers.keys() - {self.setup.index}
+        if missing and now - self._begun > self.setup.rules.join_seconds:
+            for server in missing:
+                self._lose_server(server, "it did not come")
+        if self._is_cut_off:
+            self._cut_since = self._cut_since or now
+            if now - self._cut_since > 2 * self.setup.lease_seconds:
+                self._fail(
+                    BigtrainError(
+                        f"server {self.setup.index} hears nothing of {_named(self._silent)}, and "
+                        "no more than half of the workers are here",
+                        why="the network is cut, and the run may go on at the other side",
+                        mend="resume from the last checkpoint, if it does not",
+                    )
+                )
+        elif self._board is not None and self._board.active:
+            self._cut_since = None
+            self._board.go_on(now)
+            self._tell_status(now)
+
+    @property
+    def _is_cut_off(self) -> bool:
+        """Might the run go on without us? A server that says nothing may live, on the other side of
+        a cut; then only the side with more than half of the workers may go on."""
+        return bool(self._silent) and 2 * len(self.linked) <= self.setup.rules.workers
+
+    def _tell_status(self, now: float) -> None:
+        """Write how the run is, for `bigtrain status`."""
+        if self.setup.status is None or now - self._status_at < _STATUS_SECONDS:
+            return
+        self._status_at = now
+        assert self._board is not None
+        rounds = self._board.rounds
+        self._rate = [*self._rate[-20:], (now, rounds.version)]
+        seconds, steps = now - self._rate[0][0], rounds.version - self._rate[0][1]
+        status = {
+            "time": time.time(),
+            "board": self.setup.index,
+            "mode": rounds.rules.mode,
+            "version": rounds.version,
+            "rounds_per_second": steps / seconds if seconds > 0 else 0.0,
+            "most_stale": rounds.most_stale,
+            "outcome": self._board.outcome,
+            "shares": rounds.shares.to_message(),
+            "servers": {
+                str(s): "alive" if s in self.alive else "gone"
+                for s in range(len(self.setup.addresses))
+            },
+            "workers": {
+                str(w): {
+                    "round": member.clock,
+                    "incarnation": member.incarnation,
+                    "state": "waits" if member.reports else "computes",
+                    "seconds": round(now - member.began, 2),
+                }
+                for w, member in sorted(rounds.members.items())
+            },
+            "held_bytes": self.table.num_bytes,
+        }
+        hidden = self.setup.status.with_suffix(".next")
+        try:
+            hidden.write_text(json.dumps(status))
+            os.replace(hidden, self.setup.status)
+        except OSError as error:
+            log.warning("cannot write %s: %s", self.setup.status, error.strerror)
+            self.setup.status = None
+
+
+def _source(who: Who, header: Header) -> Source:
+    return who.index, who.incarnation, header.step
+
+
+def _named(servers: Collection[int]) -> str:
+    return ", ".join(f"server {server}" for server in sorted(servers))

@@ -1,0 +1,287 @@
+"""A run with parameter servers, on this machine: workers may end, and the run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from bigtrain.config.schema import Config
+from bigtrain.errors import LaunchError
+from bigtrain.machine import num_cores, num_gpus
+from bigtrain.run_folder import RunFolder
+from bigtrain.server.chaos import Event
+from bigtrain.server.environment import Environment
+from bigtrain.server.protocol import new_token
+
+from .job import Job
+from .local import LocalTeam
+from .outcome import Ended, outcome, stop_code
+from .plan import Plan
+from .watch import Asked
+
+_POLL_SECONDS = 0.03
+_END_SECONDS = 3.0  # that the other ranks of a worker have when one has failed
+_RESTART_SECONDS = 1.0  # before a worker is started again
+_SERVERS_SECONDS = 10.0  # that servers have to end when all workers have
+
+
+@dataclass
+class _Part:
+    """A server, or a worker with its ranks."""
+
+    role: Literal["server", "worker"]
+    index: int
+    team: LocalTeam
+    incarnation: int = 0
+    failing_since: float | None = None
+    is_over: bool = False
+    start_at: float | None = None  # when it is to be started again
+    ended: Ended | None = None  # how it ended, unless well
+
+    @property
+    def who(self) -> str:
+        return f"{self.role} {self.index}"
+
+    @property
+    def runs(self) -> bool:
+        return not self.is_over
+
+    @property
+    def was_killed(self) -> bool:
+        """Did it end by what another machine or moment might not do to it?"""
+        codes = [rank.code for rank in self.team.ranks]
+        lost = any(rank.report.get("consequence") for rank in self.team.ranks)
+        return lost or any(code is not None and code < 0 for code in codes)
+
+
+class ServedRun:
+    """The servers and the workers of a run; ended parts do not end it, as long as others go on."""
+
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        folder: RunFolder,
+        resume: bool,
+        say: Callable[[str], None],
+        chaos: Sequence[Event] = (),
+    ) -> None:
+        self.config, self.plan, self.folder, self.say = config, plan, folder, say
+        self._sockets = [_listen() for _ in range(plan.servers)]
+        addresses = tuple(("127.0.0.1", sock.getsockname()[1]) for sock in self._sockets)
+        self._environment = Environment(addresses, new_token(), chaos=tuple(chaos))
+        self._job = Job(
+            config_path=folder.next_config,
+            logs=folder.logs,
+            num_nodes=1,
+            ranks_per_node=plan.ranks_per_node,
+            threads=self._threads(),
+            resume=resume,
+            env=config.launch.env,
+        )
+        self._asked = Asked()
+        self._passed_on = 0
+        self._deadline: float | None = None
+        servers = [self._server(index) for index in range(plan.servers)]
+        self.parts = servers + [self._worker(index, 0) for index in range(plan.workers)]
+
+    def _threads(self) -> int | str:
+        threads = self.config.launch.threads_per_rank
+        processes = self.plan.workers * self.plan.ranks_per_node + self.plan.servers
+        return max(1, num_cores() // processes) if threads == "auto" else threads
+
+    def _server(self, index: int) -> _Part:
+        sock = self._sockets[index]
+        env = replace(self._environment, server=index, listen_fd=sock.fileno())
+        job = replace(self._job_of("server", index, env.to_env()), ranks_per_node=1)
+        return _Part("server", index, LocalTeam(job, inherit=[sock.fileno()], plain=True))
+
+    def _worker(self, index: int, incarnation: int) -> _Part:
+        env = replace(self._environment, worker=index, incarnation=incarnation)
+        gpus = visible_gpus(os.environ, index, self.plan.ranks_per_node)
+        job = self._job_of("worker", index, {**env.to_env(), **gpus})
+        if incarnation and self.folder.config.exists():
+            job = replace(job, config_path=self.folder.config)
+        return _Part("worker", index, LocalTeam(job, plain=True), incarnation)
+
+    def _job_of(self, role: str, index: int, env: Mapping[str, str]) -> Job:
+        logs = self.folder.logs / f"{role}-{index}"
+        logs.mkdir(exist_ok=True)
+        return replace(self._job, logs=logs, env={**self._job.env, **env})
+
+    # -- the run -------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Run to the end, and return the exit code for the shell.
+
+        SIGINT and SIGTERM have workers end the step and save; a second one, or
+        `launch.stop_seconds`, ends all.
+
+        Raises:
+            LaunchError: all workers, or all servers, have ended before the run was complete.
+        """
+        with self._asked.listen():
+            try:
+                for part in self.parts:
+                    part.team.start()
+                for sock in self._sockets:
+                    sock.close()
+                while any(part.runs for part in self._of("worker")):
+                    self._turn()
+                    time.sleep(_POLL_SECONDS)
+                self._end_servers()
+            finally:
+                for part in self.parts:
+                    part.team.close()
+        return self._outcome()
+
+    def _of(self, role: str) -> list[_Part]:
+        return [part for part in self.parts if part.role == role]
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        self._pass_on_signals(now)
+        for part in self.parts:
+            if part.start_at is not None and now >= part.start_at:
+                self._start_again(part)
+            elif part.runs and part.start_at is None:
+                self._look_at(part, now)
+
+    def _pass_on_signals(self, now: float) -> None:
+        numbers = self._asked.for_ranks
+        if len(numbers) > self._passed_on:
+            self._passed_on += 1
+            if self._passed_on == 1:
+                self.say("stopping: workers finish their step and save; once more stops at once")
+                self._deadline = now + self.config.launch.stop_seconds
+                for part in self._of("worker"):
+                    part.start_at = None
+                    part.team.ask(numbers[0])
+            else:
+                self._deadline = now
+        if self._deadline is not None and now >= self._deadline:
+            for part in self.parts:
+                for rank in part.team.ranks:
+                    rank.ended_by_us = rank.code is None
+                part.team.end()
+
+    def _look_at(self, part: _Part, now: float) -> None:
+        """See whether it has ended, or must."""
+        part.team.update()
+        ranks = part.team.ranks
+        asked = bool(self._asked.numbers)
+        if part.failing_since is None and any(rank.has_failed(asked) for rank in ranks):
+            part.failing_since = now
+        if part.failing_since is not None and now - part.failing_since > _END_SECONDS:
+            for rank in ranks:
+                rank.ended_by_us = rank.ended_by_us or rank.code is None
+            part.team.end()
+        if all(rank.code is not None for rank in ranks):
+            part.is_over = True
+            self._on_end(part, now)
+
+    def _on_end(self, part: _Part, now: float) -> None:
+        part.team.close()
+        try:
+            outcome(part.team.job, part.team.ranks, self._asked.numbers)
+            return
+        except Ended as ended:
+            part.ended = ended
+        others = [other for other in self._of(part.role) if other.runs]
+        if self._asked.numbers:
+            return
+        line = str(part.ended).partition("\n")[0].replace("rank 0 ", "", 1)
+        again = part.role == "worker" and part.was_killed and others
+        if again and part.incarnation < self.config.server.restarts:
+            part.start_at, part.is_over = now + _RESTART_SECONDS, False
+            self.say(f"{part.who} {line}; it is started again")
+        elif others:
+            count = f"{len(others)} of {len(self._of(part.role))}"
+            self.say(f"{part.who} {line}; the run goes on with {count}")
+
+    def _start_again(self, part: _Part) -> None:
+        fresh = self._worker(part.index, part.incarnation + 1)
+        fresh.team.start()
+        self.parts[self.parts.index(part)] = fresh
+
+    def _end_servers(self) -> None:
+        """Servers end when workers have said goodbye; else they are told to."""
+        asked_at = time.monotonic() + _SERVERS_SECONDS / 2
+        deadline, asked = asked_at + _SERVERS_SECONDS, False
+        while time.monotonic() < deadline:
+            for part in self._of("server"):
+                part.team.update()
+            ranks = [rank for part in self._of("server") for rank in part.team.ranks]
+            if all(rank.code is not None for rank in ranks):
+                return
+            if not asked and time.monotonic() >= asked_at:
+                asked = True
+                for part in self._of("server"):
+                    part.team.ask(signal.SIGTERM)
+            time.sleep(_POLL_SECONDS)
+
+    def _outcome(self) -> int:
+        """Return 0 if a worker has seen the run to its end.
+
+        Raises:
+            Ended: how the first of those ended that failed; servers come first.
+        """
+        workers = self._of("worker")
+        if any(part.ended is None for part in workers):
+            return 0
+        asked = self._asked.numbers
+        ends = [part.ended for part in (*self._of("server"), *workers) if part.ended is not None]
+        orderly = [e for e in ends if asked and e.exit_code == stop_code(asked[0])]
+        told = [e for e in ends if "server" in str(e)]
+        raise (orderly or told or ends)[0]
+
+
+def lead_served(
+    config: Config,
+    plan: Plan,
+    folder: RunFolder,
+    resume: bool,
+    say: Callable[[str], None],
+    chaos: Sequence[Event] = (),
+) -> int:
+    """Run servers and workers to the end, and return the exit code for the shell.
+
+    Raises:
+        LaunchError: as `ServedRun.run`.
+    """
+    say(str(plan))
+    for event in chaos:
+        most = plan.workers if event.role == "worker" else plan.servers
+        if event.index >= most:
+            raise LaunchError(
+                f"--chaos {event}: there is no {event.role} {event.index}",
+                why=f"the run has {most}, and the first is number 0",
+                mend=f"name one below {most}",
+            )
+    return ServedRun(config, plan, folder, resume, say, chaos).run()
+
+
+def visible_gpus(env: Mapping[str, str], worker: int, ranks: int) -> dict[str, str]:
+    """Return which GPUs a worker sees, as environment: as many as it has ranks, in order."""
+    count = num_gpus(env)
+    if count == 0:
+        return {}
+    given = env.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(gpu) for gpu in range(count)]
+    mine = [names[(worker * ranks + rank) % len(names)] for rank in range(ranks)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(mine))}
+
+
+def _listen() -> socket.socket:
+    sock = socket.socket()
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 0))
+    sock.listen(1024)
+    return sock
