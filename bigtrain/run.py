@@ -141,7 +141,7 @@ def _run_folder(
 def _begin(trainer: Trainer, folder: RunFolder) -> None:
     """On rank 0: nothing can refuse this run any more, so what it replaces is replaced."""
     if trainer.mesh.rank == 0 and not trainer.clock.has_begun:
-        begin(folder)
+        begin(folder, keep=bool(trainer.config.server.servers))
         with explained_io(folder.path):
             forget_after(folder.metrics, trainer.step)
             for path in folder.samples.glob("*.jsonl"):

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,10 +102,17 @@ def open_run(config: Config, *, resume: bool, restart: bool) -> tuple[RunFolder,
     return folder, lock
 
 
-def begin(folder: RunFolder) -> None:
-    """Make the config of the run that has begun the config of the folder."""
+def begin(folder: RunFolder, *, keep: bool = False) -> None:
+    """Make the config of the run that has begun the config of the folder.
+
+    keep: where it was, too, for processes that begin later; the launcher removes it there.
+    """
     with explained_io(folder.path):
-        os.replace(folder.next_config, folder.config)
+        source = folder.next_config
+        if keep:
+            source = folder.path / ".config.yaml"
+            shutil.copyfile(folder.next_config, source)
+        os.replace(source, folder.config)
 
 
 @contextlib.contextmanager

@@ -102,6 +102,11 @@ class Board:
         self._asked: set[int] = set()
         self._sums: dict[str, _Sum] = {}
 
+    @property
+    def is_open(self) -> bool:
+        """Does it keep the board, and know how far all are?"""
+        return self.active and not self._asked
+
     # -- taking over ---------------------------------------------------------------------------
 
     def note(self, kind: Kind, content: dict[str, Any]) -> None:
@@ -190,14 +195,19 @@ class Board:
             self.voice.tell(worker, Kind.TURN, told)  # it was lost with a link
         self.rounds.report(worker, report)
 
+    def on_worker_left(self, worker: int) -> None:
+        """A worker has done what it was to do."""
+        self.rounds.lost(worker)
+        self._check_sums()
+
     def on_worker_lost(self, worker: int, why: str) -> None:
-        """A worker is gone, or has left."""
+        """A worker is gone."""
         self._expected.discard(worker)
         if worker in self.rounds.members:
             self.rounds.lost(worker)
             self._turns.pop(worker, None)
-            left = len(self.rounds.members)
-            log.info("worker %d: %s; %d of %d go on", worker, why, left, self.rounds.rules.workers)
+            left, of = len(self.rounds.members), self.rounds.rules.workers
+            log.info("worker %d: %s; %d of %d go on", worker, why, left, of)
         self._check_sums()
 
     def on_server_lost(self, now: float) -> None:
@@ -263,7 +273,7 @@ class Board:
     def go_on(self, now: float) -> None:
         """Do what can be done: give turns, close a round. Called whenever something has happened,
         and from time to time."""
-        if not self.active or self._asked or self._closed is not None:
+        if not self.is_open or self._closed is not None:
             return
         if self._expected:
             if now < self._expected_until:

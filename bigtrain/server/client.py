@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +68,9 @@ class Client:
         self._totals: dict[str, list[float]] = {}
         self._offer: dict[str, Any] | None = None
         self._failure: BaseException | None = None
+        self._refusal = ""
+        self._alone_since: float | None = None
+        self._nobody: set[int] = set()  # servers at whose address nobody listens
         self._changed = threading.Condition()
         self._loop = Loop(self, token, lease_seconds)
 
@@ -137,6 +142,7 @@ class Client:
 
     def wait_pushed(self, clock: int) -> list[int]:
         """Return the servers that have all our gradients of a round: all that we have links with.
+        If the board has gone on without us meanwhile, it does not matter who has.
 
         Raises:
             CommError: no server is left.
@@ -257,10 +263,25 @@ class Client:
                 self._called[server] = now
                 if not any(link.target == server for link in self._loop.links):
                     self._loop.connect(address, self.who, server)
+        self._see_whether_alone(now)
         for (key, part), pull in self._pulls.items():
             if pull.came is None and (pull.asked is None or not pull.asked.open):
                 self._ask(key, part, pull)
         self._notify()
+
+    def _see_whether_alone(self, now: float) -> None:
+        """Give up if servers are gone for good; where the network is cut, it may heal."""
+        self._alone_since = None if self._links else self._alone_since or now
+        if self._alone_since is None or not self.wanted:
+            return
+        gone = bool(self._refusal) or self._nobody >= self.alive
+        patience = 2 * self.lease_seconds if gone else self.patience_seconds
+        if now - self._alone_since > patience:
+            self._fail(
+                f"worker {self.who.index} has no link with any server any more",
+                why=self._refusal or ("they are gone" if gone else "the network is cut"),
+                mend="--resume goes on from the last checkpoint",
+            )
 
     def greet(self, who: Who) -> dict[str, Any]:
         raise Malformed("a worker takes no links")
@@ -270,11 +291,13 @@ class Client:
         known = self._identities.setdefault(server, identity)
         if known != identity:
             self._dead.add(server)
-            link.close("it was started again, and holds nothing")
+        if server in self._dead:
+            link.close("it was given up, or started again, and does not hold what it should")
             return
-        for other in set(range(len(self.addresses))) - set(greeting.get("alive", [])):
-            self._dead.add(other)  # those whom we know well, too: the board does without
+        if self._turn is None:  # later, the board says who is gone
+            self._dead |= set(range(len(self.addresses))) - set(greeting.get("alive", []))
         self._links[server] = link
+        self._nobody.discard(server)
         mine = [spec for spec in self._specs.values() if server in spec.servers]
         link.say(Kind.DECLARE, {"blocks": [spec.to_message() for spec in mine]})
         for clock, pushes in self._pushes.items():
@@ -288,7 +311,11 @@ class Client:
         server = link.target
         if self._links.get(server) is link:
             del self._links[server]
-        if link.refused:
+        if link.connecting and why == os.strerror(errno.ECONNREFUSED):
+            self._nobody.add(server)
+        if link.refused and server in self.wanted:
+            self._refusal = why  # it ends
+        elif link.refused:
             self._fail(
                 f"server {server} has refused worker {self.who.index}",
                 why=why,
@@ -364,8 +391,8 @@ class Client:
         for server in set(range(len(self.addresses))) - set(turn["alive"]) - self._dead:
             self._dead.add(server)
             log.info("worker %d goes on without server %d", self.who.index, server)
-            if server in self._links:
-                self._links[server].close("the board has given it up")
+            for link in [link for link in self._loop.links if link.target == server]:
+                link.close("the board has given it up")
 
     def _report_again(self, clock: int) -> None:
         """A server has our gradients that had not when we reported: then it counts."""
@@ -383,6 +410,8 @@ class Client:
         return self._have.get(clock, set()) | idle
 
     def _has_arrived(self, clock: int) -> bool:
+        if self._turn is not None and self._turn["clock"] > clock:
+            return True
         if not self._links:
             return False
         complete = len(self._pushes.get(clock, ())) == len(self._specs)

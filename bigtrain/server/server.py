@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _CALL_SECONDS = 0.5  # between two tries to reach another server
 _STATUS_SECONDS = 0.5
+_FILLER = 0  # the worker that gives servers what they begin with: all must have it from the same
 _FROM_SERVERS = frozenset({Kind.ROUND, Kind.SQUARES, Kind.APPLY, Kind.APPLIED, Kind.STATE})
 
 
@@ -68,10 +69,9 @@ class Server:
         self._board: Board | None = None
         self._declared: dict[int, set[int]] = {}  # worker -> ranks
         self._keys: dict[tuple[int, int], list[int]] = {}  # (worker, rank) -> what it pushes
-        self._filler: int | None = None
-        self._filled: set[int] = set()  # ranks of the filler that are done
+        self._filled: set[int] = set()  # ranks of the worker that fills us which are done
         self._is_filled = False
-        self._waiting_ready: list[tuple[Link, dict[str, Any]]] = []
+        self._early: list[tuple[Link, Kind, dict[str, Any]]] = []  # for a board that is none yet
         self._got: dict[Source, dict[int, set[int]]] = {}  # rank -> keys that are here
         self._pulls: dict[int, list[tuple[Link, int, int]]] = {}  # key -> (link, part, version)
         self._updating = False
@@ -164,7 +164,7 @@ class Server:
         who = link.who
         for waiting in self._pulls.values():
             waiting[:] = [pull for pull in waiting if pull[0] is not link]
-        self._waiting_ready = [w for w in self._waiting_ready if w[0] is not link]
+        self._early = [frame for frame in self._early if frame[0] is not link]
         if who is None:
             return
         if who.role == "server" and self._servers.get(who.index) is link:
@@ -175,7 +175,7 @@ class Server:
             self._lose_worker(who, why)
 
     def _lose_server(self, server: int, why: str, *, silent: bool = False) -> None:
-        if self._is_over or server in self._dead:
+        if self._is_over or server in self._dead or (self._someone_left and not self._workers):
             return
         self._dead.add(server)
         if silent:
@@ -197,15 +197,16 @@ class Server:
             self._board.go_on(time.monotonic())
 
     def _lose_worker(self, who: Who, why: str) -> None:
-        if who.index == self._filler and not self._is_filled:
-            self._filler, self._filled = None, set()
-            self._offer_to_be_filled()
+        if who.index == _FILLER and not self._is_filled:
+            self._filled = set()
         self._declared.get(who.index, set()).discard(who.rank)
         self._told.discard((who.index, who.rank))
         if self._board is not None:
             self._board.on_worker_lost(who.index, why)
             self._board.go_on(time.monotonic())
         if self._someone_left and not self._workers:  # nobody will come again
+            for link in self._servers.values():
+                link.say(Kind.BYE)
             self.stop()
 
     def _see_who_keeps_the_board(self) -> None:
@@ -214,9 +215,6 @@ class Server:
         together = self._servers.keys() >= self.alive - {self.setup.index}
         if self._board is not None and mine and together and not self._board.active:
             self._board.take_over(time.monotonic())
-            ready, self._waiting_ready = self._waiting_ready, []
-            for link, content in ready:
-                self._on_board_frame(link, Kind.READY, content)
 
     # -- frames --------------------------------------------------------------------------------
 
@@ -226,7 +224,7 @@ class Server:
         if who.role != "worker" or header.kind is Kind.TENSOR:
             raise Malformed(f"{header.kind.name} from {who}")
         if header.kind is Kind.VALUES:
-            if who.index != self._filler or self._is_filled:
+            if who.index != _FILLER or self._is_filled:
                 raise Malformed("values that nobody has asked for")
             return self.table.room_for_values(header.key, header.part)
         if self._is_old(header.step):  # its bytes must go somewhere
@@ -241,9 +239,11 @@ class Server:
     def frame(self, link: Link, header: Header, content: dict[str, Any]) -> None:
         who = link.who
         assert who is not None
-        if (header.kind in _FROM_SERVERS) != (who.role == "server"):
+        if header.kind is not Kind.BYE and (header.kind in _FROM_SERVERS) != (who.role == "server"):
             raise Malformed(f"{header.kind.name} from {who}")
-        if who.role == "server":
+        if header.kind is Kind.BYE and who.role == "server":
+            self._dead.add(who.index)  # all is over, as we shall see
+        elif who.role == "server":
             self._obey(header.kind, content, who.index)
         elif header.kind is Kind.PUSH:
             self._on_push(link, who, header)
@@ -257,6 +257,8 @@ class Server:
             self._on_filled(who, content)
         elif header.kind is Kind.BYE:
             self._someone_left = True
+            if self._board is not None:
+                self._board.on_worker_left(who.index)
             link.close("it has left")
         elif header.kind in (Kind.READY, Kind.REPORT, Kind.OFFER) and who.rank == 0:
             self._on_board_frame(link, header.kind, content)
@@ -282,16 +284,15 @@ class Server:
         self._offer_to_be_filled()
 
     def _offer_to_be_filled(self) -> None:
-        """Tell workers that have declared all their blocks whether we want their values."""
+        """Tell workers that have declared all their blocks whether we want their values: the others,
+        once we have them."""
         if self.table.optimizer is None:
             return
         for (worker, rank), link in sorted(self._workers.items()):
             assert link.who is not None
             if len(self._declared.get(worker, ())) < link.who.ranks or (worker, rank) in self._told:
                 continue
-            if self._filler is None:
-                self._filler = worker
-            if self._is_filled or worker == self._filler:
+            if self._is_filled or worker == _FILLER:
                 self._told.add((worker, rank))
                 link.say(
                     Kind.WANTED,
@@ -303,7 +304,7 @@ class Server:
                 )
 
     def _on_filled(self, who: Who, content: dict[str, Any]) -> None:
-        if who.index != self._filler or self._is_filled:
+        if who.index != _FILLER or self._is_filled:
             raise Malformed("FILLED, which nobody has asked for")
         self._filled.add(who.rank)
         if len(self._filled) < who.ranks:
@@ -354,9 +355,8 @@ class Server:
     def _on_board_frame(self, link: Link, kind: Kind, content: dict[str, Any]) -> None:
         who, board, now = link.who, self._board, time.monotonic()
         assert who is not None
-        if board is None or not board.active:
-            if kind is Kind.READY:  # it knows of a board's end before we do
-                self._waiting_ready.append((link, content))
+        if board is None or not board.is_open:
+            self._early.append((link, kind, content))  # it knows of a board's end before we do
             return
         if kind is Kind.READY:
             board.on_ready(who.index, who.incarnation, content, now)
@@ -369,13 +369,14 @@ class Server:
     def _obey(self, kind: Kind, content: dict[str, Any], sender: int) -> None:
         """Do what a board orders, or take what a server answers."""
         board, now = self._board, time.monotonic()
+        if kind is Kind.STATE and not content:
+            state = board.state() if board is not None else {}
+            self._answer(sender, Kind.STATE, {"server": self.setup.index, **state})
+            return
         if board is None:
             return
         if kind is Kind.STATE:
-            if content:
-                board.on_state(sender, content, now)
-            else:
-                self._answer(sender, Kind.STATE, {"server": self.setup.index, **board.state()})
+            board.on_state(sender, content, now)
         elif kind is Kind.ROUND:
             board.note(kind, content)
             self._on_round(content, sender)
@@ -385,7 +386,10 @@ class Server:
             board.on_squares(sender, content, now)
         elif kind is Kind.APPLIED:
             board.on_applied(sender, number(content, "number"), now)
-        if board.active:
+        if board.is_open:
+            early, self._early = self._early, []
+            for frame in early:
+                self._on_board_frame(*frame)
             board.go_on(now)
 
     def _answer(self, server: int, kind: Kind, content: dict[str, Any]) -> None:
@@ -511,7 +515,8 @@ class Server:
     def _is_cut_off(self) -> bool:
         """Might the run go on without us? A server that says nothing may live, on the other side of
         a cut; then only the side with more than half of the workers may go on."""
-        return bool(self._silent) and 2 * len(self.linked) <= self.setup.rules.workers
+        few = 2 * len(self.linked) <= self.setup.rules.workers
+        return bool(self._silent) and few and not self._someone_left
 
     def _tell_status(self, now: float) -> None:
         """Write how the run is, for `bigtrain status`."""
