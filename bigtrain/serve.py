@@ -90,6 +90,7 @@ def serve(config_path: str, overrides: Sequence[str], stop: StopRequest) -> None
         batch=config.train.global_batch,
         lease_seconds=config.server.lease_seconds,
         status=RunFolder(Path(config.run.dir)).status,
+        incarnation=env.incarnation,
         chaos=Chaos(env.chaos, "server", env.server, env.incarnation),
     )
 

@@ -1,4 +1,4 @@
-"""The board decides what an update is made of. The first of the servers that live keeps it.
+"""The board decides what an update is made of. Of the servers that live, the oldest keeps it.
 
 A round has two halves. In the first all servers are told which gradients it has, and add them up;
 so all know of the decision before anything follows from it. In the second they are told what to
@@ -54,9 +54,22 @@ class Voice(Protocol):
     def order(self, kind: Kind, content: dict[str, Any]) -> None:
         """Send to all servers that live, this one too."""
 
+    def adopt(self, guest: int, content: dict[str, Any]) -> None:
+        """Have a guest given all that it is to hold; `content` is what it must know of rounds."""
+
+    def turn_away(self, guest: int) -> None:
+        """Do without it."""
+
+    def let_in(self, guest: int) -> None:
+        """Have all servers know that it is one of them."""
+
     @property
     def alive(self) -> frozenset[int]:
         """Servers that live."""
+
+    @property
+    def seniority(self) -> list[int]:
+        """Servers that live, in the order in which they are to keep the board."""
 
     @property
     def num_servers(self) -> int:
@@ -80,7 +93,7 @@ class _Sum:
 
 
 class Board:
-    """Keeps the rounds, on the server that is first of those that live.
+    """Keeps the rounds, on the server that has lived longest (at first, on number 0).
 
     All servers have one, and tell it what they are told to do (`note`), so that it can take over.
     """
@@ -101,6 +114,8 @@ class Board:
         self._states: dict[int, dict[str, Any]] = {}
         self._asked: set[int] = set()
         self._sums: dict[str, _Sum] = {}
+        self._waiting: int | None = None  # a guest, which is let in between two rounds
+        self._guest: int | None = None  # one that is being given what it is to hold
 
     @property
     def is_open(self) -> bool:
@@ -214,6 +229,9 @@ class Board:
         """A server is gone: whoever waits for it does not any more."""
         if not self.active:
             return
+        if self._guest is not None:  # perhaps it was given something by the one that is gone
+            guest, self._guest = self._guest, None
+            self.voice.turn_away(guest)
         self._end_old_round(now)
         if self._closed is None:
             return
@@ -268,12 +286,39 @@ class Board:
                 for worker in one.offers:
                     self.voice.tell(worker, Kind.TOTAL, {"name": name, "values": values})
 
+    # -- guests --------------------------------------------------------------------------------
+
+    def on_guest(self, server: int) -> None:
+        """A server was started again, and would take part."""
+        if self.rounds.rules.mode == "sync":  # else gradients may be under way that it lacks
+            self._waiting = server
+
+    def on_guest_lost(self, server: int, now: float) -> None:
+        """It is gone again."""
+        self._waiting = None if self._waiting == server else self._waiting
+        if self._guest == server:
+            self._guest = None
+            self.go_on(now)
+
+    def on_joined(self, server: int, now: float) -> None:
+        """A guest has all that it is to hold, of this very version."""
+        if self._guest == server:
+            self._guest = None
+            log.info("server %d has joined at round %d", server, self.rounds.version + 1)
+            self.voice.let_in(server)
+            self.go_on(now)
+
+    def _adopt(self, guest: int) -> None:
+        self._waiting, self._guest = None, guest
+        state = {"round": self.round_message, "apply": self.apply_message}
+        self.voice.adopt(guest, {"guest": guest, "rounds": self.rounds.to_message(), **state})
+
     # -- what follows --------------------------------------------------------------------------
 
     def go_on(self, now: float) -> None:
         """Do what can be done: give turns, close a round. Called whenever something has happened,
         and from time to time."""
-        if not self.is_open or self._closed is not None:
+        if not self.is_open or self._closed is not None or self._guest is not None:
             return
         if self._expected:
             if now < self._expected_until:
@@ -298,7 +343,7 @@ class Board:
             "cursor": self.rounds.shares.cursor,
             "num_updates": self.voice.num_updates,
             "workers": self.rounds.rules.workers,
-            "alive": sorted(self.voice.alive),
+            "alive": self.voice.seniority,
             "outcome": self.outcome,
         }
 
@@ -321,4 +366,6 @@ class Board:
         closed, self._closed = self._closed, None
         if self.policy.is_held(closed):
             self.rounds.hold(closed.speaker)
+        if self._waiting is not None:  # nobody is at work on a round now
+            self._adopt(self._waiting)
         self.go_on(now)

@@ -57,6 +57,7 @@ class Client:
         self._links: dict[int, Link] = {}
         self._identities: dict[int, str] = {}
         self._dead: set[int] = set()
+        self._order = list(range(len(self.addresses)))  # who keeps the board while it lives
         self._called: dict[int, float] = {}
         self._pushes: dict[int, dict[int, memoryview]] = {}  # round -> key -> gradient
         self._have: dict[int, set[int]] = {}  # round -> servers that have all of ours
@@ -295,11 +296,11 @@ class Client:
             link.close("it was given up, or started again, and does not hold what it should")
             return
         if self._turn is None:  # later, the board says who is gone
-            self._dead |= set(range(len(self.addresses))) - set(greeting.get("alive", []))
+            self._order = [int(s) for s in greeting.get("alive", [])]
+            self._dead |= set(range(len(self.addresses))) - set(self._order)
         self._links[server] = link
         self._nobody.discard(server)
-        mine = [spec for spec in self._specs.values() if server in spec.servers]
-        link.say(Kind.DECLARE, {"blocks": [spec.to_message() for spec in mine]})
+        link.say(Kind.DECLARE, {"blocks": [spec.to_message() for spec in self._specs.values()]})
         for clock, pushes in self._pushes.items():
             for key, gradient in pushes.items():
                 if server in self._specs[key].servers:
@@ -329,7 +330,7 @@ class Client:
 
     def _board(self) -> Link | None:
         """Return the link with the server that keeps the board, as far as we can tell."""
-        return self._links[min(self._links)] if self._links else None
+        return next((self._links[s] for s in self._order if s in self._links), None)
 
     def _check_in(self) -> None:
         """Tell the board where we are, if it is another than before, or our link with it is new."""
@@ -383,11 +384,14 @@ class Client:
     def _on_turn(self, turn: dict[str, Any]) -> None:
         if self._turn is not None and turn["clock"] <= self._turn["clock"]:
             return
-        self._turn, self._report = turn, None
+        self._turn, self._report, self._order = turn, None, turn["alive"]
         for clock in [clock for clock in self._pushes if clock < turn["clock"]]:
             del self._pushes[clock]
         for clock in [clock for clock in self._have if clock < turn["clock"]]:
             del self._have[clock]
+        for server in set(turn["alive"]) & self._dead:  # it was started again, and was let in
+            self._dead.discard(server)
+            self._identities.pop(server, None)
         for server in set(range(len(self.addresses))) - set(turn["alive"]) - self._dead:
             self._dead.add(server)
             log.info("worker %d goes on without server %d", self.who.index, server)

@@ -60,6 +60,9 @@ class Kind(enum.IntEnum):
     APPLY = 32  # board: update by this
     APPLIED = 33  # server: done
     STATE = 34  # server, to a new board: the rounds that it knows of
+    ADOPT = 35  # board, to servers and a guest: give it what it is to hold
+    JOINED = 36  # guest, to the board: I have all
+    ALIVE = 37  # board, to servers: it is one of us
 
 
 _TENSORS = frozenset({Kind.VALUES, Kind.PUSH, Kind.TENSOR})
@@ -171,8 +174,9 @@ def numbers(content: Mapping[str, Any], name: str, count: int | None = None) -> 
 class Who:
     """Who is at the other end: a rank of a worker, or a server.
 
-    index: of the worker, or of the server. incarnation: how often it was started before. rank,
-    ranks: place of this process in the worker, and how many it has.
+    index: of the worker, or of the server. incarnation: how often it was started before (a server
+    that was is a guest: it holds nothing, until the board lets it in). rank, ranks: place of this
+    process in the worker, and how many it has.
     """
 
     role: str

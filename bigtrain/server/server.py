@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 _CALL_SECONDS = 0.5  # between two tries to reach another server
 _STATUS_SECONDS = 0.5
 _FILLER = 0  # the worker that gives servers what they begin with: all must have it from the same
-_FROM_SERVERS = frozenset({Kind.ROUND, Kind.SQUARES, Kind.APPLY, Kind.APPLIED, Kind.STATE})
+_FROM_SERVERS = frozenset(range(Kind.ROUND, Kind.ALIVE + 1))
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Setup:
 
     index: its number among `addresses`. token: the run's secret. lease_seconds: of silence after
     which a peer is gone. batch: samples of a step. status: file that tells how the run is.
+    incarnation: how often it was started before; then others must give it what it is to hold.
     """
 
     index: int
@@ -44,6 +45,7 @@ class Setup:
     batch: int
     lease_seconds: float = 5.0
     status: Path | None = None
+    incarnation: int = 0
     chaos: Chaos = field(default_factory=lambda: Chaos([], "server", 0, 0))
 
 
@@ -62,6 +64,15 @@ class Server:
         self.version = 0
         self._workers: dict[tuple[int, int], Link] = {}  # (worker, rank)
         self._servers: dict[int, Link] = {}
+        self._order = list(range(len(setup.addresses)))  # who keeps the board while it lives
+        self._is_guest = setup.incarnation > 0
+        self._guests: dict[int, Link] = {}
+        self._owed: set[int] = set()  # guests that we must give something
+        self._sources: set[int] = set()  # servers that have yet to give us what we are to hold
+        self._adopted: dict[str, Any] = {}
+        self._specs: dict[int, BlockSpec] = {}  # all blocks, of which we hold some
+        self._about: dict[str, Any] = {}
+        self._incarnations: dict[int, int] = {}
         self._dead: set[int] = set()
         self._silent: set[int] = set()  # of these, those whose end nobody has seen
         self._cut_since: float | None = None
@@ -110,6 +121,11 @@ class Server:
         return frozenset(range(len(self.setup.addresses))) - self._dead
 
     @property
+    def seniority(self) -> list[int]:
+        """Servers that live, those first that have lived longest: the first keeps the board."""
+        return [server for server in self._order if server not in self._dead]
+
+    @property
     def num_servers(self) -> int:
         return len(self.setup.addresses)
 
@@ -142,19 +158,22 @@ class Server:
         if who.role == "server":
             if who.index >= len(self.setup.addresses):
                 raise Malformed(f"{who}, of {len(self.setup.addresses)}")
-            if who.index in self._dead:
+            known_as = self._incarnations.get(who.index, 0)
+            if who.index in self._dead and who.incarnation <= known_as:
                 raise Malformed(f"{who} was given up; the run goes on without it")
         known = self._workers.get((who.index, who.rank)) if who.role == "worker" else None
         if known is not None and known.who is not None:
             if known.who.incarnation > who.incarnation:
                 raise Malformed(f"{who} was started again since")
             known.close("it has come by another link")
-        return {"identity": self.identity, "alive": sorted(self.alive)}
+        return {"identity": self.identity, "alive": self.seniority}
 
     def opened(self, link: Link, greeting: dict[str, Any]) -> None:
         who = link.who
         assert who is not None
-        if who.role == "server":
+        if who.role == "server" and who.incarnation > self._incarnations.get(who.index, 0):
+            self._take_guest(link, who)
+        elif who.role == "server":
             self._servers[who.index] = link
             self._see_who_keeps_the_board()
         else:
@@ -167,7 +186,11 @@ class Server:
         self._early = [frame for frame in self._early if frame[0] is not link]
         if who is None:
             return
-        if who.role == "server" and self._servers.get(who.index) is link:
+        if who.role == "server" and self._guests.get(who.index) is link:
+            del self._guests[who.index]
+            if self._board is not None and self._board.is_open:
+                self._board.on_guest_lost(who.index, time.monotonic())
+        elif who.role == "server" and self._servers.get(who.index) is link:
             del self._servers[who.index]
             self._lose_server(who.index, why, silent=link.silent)
         elif who.role == "worker" and self._workers.get((who.index, who.rank)) is link:
@@ -176,6 +199,9 @@ class Server:
 
     def _lose_server(self, server: int, why: str, *, silent: bool = False) -> None:
         if self._is_over or server in self._dead or (self._someone_left and not self._workers):
+            return
+        if self._is_guest:
+            self._fail(BigtrainError(f"server {server}: {why}, while it was to let us in"))
             return
         self._dead.add(server)
         if silent:
@@ -211,7 +237,9 @@ class Server:
 
     def _see_who_keeps_the_board(self) -> None:
         """Keep the board, if it is our turn."""
-        mine = self.setup.index == min(self.alive)
+        if self._is_guest:
+            return
+        mine = self.setup.index == self.seniority[0]
         together = self._servers.keys() >= self.alive - {self.setup.index}
         if self._board is not None and mine and together and not self._board.active:
             self._board.take_over(time.monotonic())
@@ -221,6 +249,10 @@ class Server:
     def room(self, link: Link, header: Header) -> memoryview:
         who = link.who
         assert who is not None
+        if header.kind is Kind.VALUES and who.role == "server":
+            if who.index not in self._sources:
+                raise Malformed("values that nobody has asked for")
+            return self.table.room_for_values(header.key, header.part)
         if who.role != "worker" or header.kind is Kind.TENSOR:
             raise Malformed(f"{header.kind.name} from {who}")
         if header.kind is Kind.VALUES:
@@ -239,18 +271,22 @@ class Server:
     def frame(self, link: Link, header: Header, content: dict[str, Any]) -> None:
         who = link.who
         assert who is not None
-        if header.kind is not Kind.BYE and (header.kind in _FROM_SERVERS) != (who.role == "server"):
+        both = header.kind in (Kind.BYE, Kind.VALUES, Kind.FILLED)
+        if not both and (header.kind in _FROM_SERVERS) != (who.role == "server"):
             raise Malformed(f"{header.kind.name} from {who}")
         if header.kind is Kind.BYE and who.role == "server":
             self._dead.add(who.index)  # all is over, as we shall see
+        elif header.kind is Kind.VALUES:
+            pass  # they are in their place
+        elif header.kind is Kind.FILLED and who.role == "server":
+            self._sources.discard(who.index)
+            self._see_whether_all_is_here()
         elif who.role == "server":
             self._obey(header.kind, content, who.index)
         elif header.kind is Kind.PUSH:
             self._on_push(link, who, header)
         elif header.kind is Kind.PULL:
             self._on_pull(link, header)
-        elif header.kind is Kind.VALUES:
-            pass  # they are in their place
         elif header.kind is Kind.DECLARE:
             self._on_declare(link, who, content)
         elif header.kind is Kind.FILLED:
@@ -273,6 +309,9 @@ class Server:
             raise Malformed("no blocks")
         specs = [BlockSpec.from_message(block) for block in blocks]
         mine = [spec for spec in specs if self.setup.index in spec.servers]
+        if self._is_guest:
+            raise Malformed("this server is not part of the run yet")
+        self._specs |= {spec.key: spec for spec in specs}
         if self.table.optimizer is not None and not self.table.knows([s.key for s in mine]):
             raise Malformed("a block that other workers do not have: their layout differs")
         self.table.declare(mine)
@@ -284,8 +323,8 @@ class Server:
         self._offer_to_be_filled()
 
     def _offer_to_be_filled(self) -> None:
-        """Tell workers that have declared all their blocks whether we want their values: the others,
-        once we have them."""
+        """Tell workers that have declared all blocks whether we want values: others, once we have
+        them."""
         if self.table.optimizer is None:
             return
         for (worker, rank), link in sorted(self._workers.items()):
@@ -310,16 +349,112 @@ class Server:
         if len(self._filled) < who.ranks:
             return
         assert self.table.optimizer is not None
-        self.table.rounded()
-        self.table.optimizer.num_updates = number(content, "num_updates")
-        self.version = number(content, "step")
-        self.policy.begin(content)
-        self._is_filled = True
-        shares = Shares(self.setup.rules.workers, self.setup.batch, number(content, "cursor"))
-        rounds = Rounds(self.setup.rules, shares, self.version)
-        self._board = Board(rounds, self.policy, self, self.setup.lease_seconds)
+        self._begin(content)
         self._see_who_keeps_the_board()
         self._offer_to_be_filled()
+
+    def _begin(self, about: dict[str, Any]) -> None:
+        """All that we hold is here."""
+        assert self.table.optimizer is not None
+        self._about = about
+        self.policy.begin(about)
+        self.table.rounded()
+        self.table.optimizer.num_updates = number(about, "num_updates")
+        self.version = number(about, "step")
+        self._is_filled = True
+        shares = Shares(self.setup.rules.workers, self.setup.batch, number(about, "cursor"))
+        rounds = Rounds(self.setup.rules, shares, self.version)
+        self._board = Board(rounds, self.policy, self, self.setup.lease_seconds)
+
+    # -- servers that come back ----------------------------------------------------------------
+
+    def _take_guest(self, link: Link, who: Who) -> None:
+        """A server was started again; its end may not have been noticed yet."""
+        old = self._servers.get(who.index)
+        if old is not None:
+            old.close("it was started again")
+        elif who.index not in self._dead and not self._is_guest:
+            self._lose_server(who.index, "it was started again")
+        self._incarnations[who.index] = who.incarnation
+        self._guests[who.index] = link
+        if who.index in self._owed:
+            self._owed.discard(who.index)
+            self._give_all(who.index)
+        if self._board is not None and self._board.active:
+            self._board.on_guest(who.index)
+
+    def adopt(self, guest: int, content: dict[str, Any]) -> None:
+        about = {**self._about, "step": self.version, "num_updates": self.num_updates}
+        sources = {self._source_for(s) for s in self._specs.values() if guest in s.servers}
+        content = {
+            **content,
+            "about": about,
+            "alive": self.seniority,
+            "specs": [spec.to_message() for spec in self._specs.values()],
+            "sources": sorted(sources),
+        }
+        if guest in self._guests:
+            self._guests[guest].say(Kind.ADOPT, content)
+        self.order(Kind.ADOPT, content)
+
+    def _source_for(self, spec: BlockSpec) -> int:
+        return next(server for server in spec.servers if server in self.alive)
+
+    def _on_adopt(self, content: dict[str, Any], sender: int) -> None:
+        guest = number(content, "guest")
+        if guest == self.setup.index:
+            specs = [BlockSpec.from_message(block) for block in content["specs"]]
+            self._specs = {spec.key: spec for spec in specs}
+            self.table.declare(spec for spec in specs if guest in spec.servers)
+            self.table.build()
+            self._sources = set(content["sources"])
+            self._adopted = content
+            self._see_whether_all_is_here()
+        elif self.setup.index in content["sources"] and guest not in self._guests:
+            self._owed.add(guest)  # it has not called us yet
+        elif self.setup.index in content["sources"]:
+            self._give_all(guest)
+
+    def _give_all(self, guest: int) -> None:
+        """Send a guest what it is to hold, of what we answer for."""
+        link = self._guests[guest]
+        for spec in self._specs.values():
+            if guest in spec.servers and self._source_for(spec) == self.setup.index:
+                for part in range(len(self.table.moments) + 1):
+                    data, sent = self.table.send(spec.key, part, main=True)
+                    link.send(Kind.VALUES, data, sent, key=spec.key, part=part)
+        link.say(Kind.FILLED, {})
+
+    def _see_whether_all_is_here(self) -> None:
+        """A guest that has got all tells the board."""
+        if self._sources or not self._adopted or not self._is_guest:
+            return
+        content, self._adopted = self._adopted, {}
+        self._begin(content["about"])
+        assert self._board is not None
+        for kind, name in ((Kind.ROUND, "round"), (Kind.APPLY, "apply")):
+            if content[name] is not None:
+                self._board.note(kind, content[name])
+        self._dead = set(range(self.num_servers)) - {*content["alive"], self.setup.index}
+        self._order = [*content["alive"], self.setup.index]
+        self._is_guest = False
+        self._offer_to_be_filled()
+        self._servers[content["alive"][0]].say(Kind.JOINED, {})
+
+    def let_in(self, guest: int) -> None:
+        self.order(Kind.ALIVE, {"server": guest})
+        self._on_alive(guest)
+
+    def turn_away(self, guest: int) -> None:
+        if guest in self._guests:
+            self._guests[guest].refuse("a server that was to give you something is gone")
+
+    def _on_alive(self, server: int) -> None:
+        if server in self._guests:
+            self._servers[server] = self._guests.pop(server)
+            self._dead.discard(server)
+            self._silent.discard(server)
+            self._order = [s for s in self._order if s != server and s in self.alive] + [server]
 
     # -- gradients and parameters --------------------------------------------------------------
 
@@ -373,9 +508,15 @@ class Server:
             state = board.state() if board is not None else {}
             self._answer(sender, Kind.STATE, {"server": self.setup.index, **state})
             return
+        if kind is Kind.ADOPT:
+            self._on_adopt(content, sender)
+        if kind is Kind.ALIVE:
+            self._on_alive(number(content, "server"))
         if board is None:
             return
-        if kind is Kind.STATE:
+        if kind is Kind.JOINED:
+            board.on_joined(sender, now)
+        elif kind is Kind.STATE:
             board.on_state(sender, content, now)
         elif kind is Kind.ROUND:
             board.note(kind, content)
@@ -485,14 +626,18 @@ class Server:
     # -- from time to time ---------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        for server in range(self.setup.index):  # those before us listen, we call
+        # Those before us listen, we call; a guest calls all.
+        for server in range(self.num_servers if self._is_guest else self.setup.index):
+            if server == self.setup.index:
+                continue
             idle = now - self._called.get(server, 0.0) >= _CALL_SECONDS
             if idle and server not in self._servers and server not in self._dead:
                 self._called[server] = now
-                me = Who("server", self.setup.index)
+                me = Who("server", self.setup.index, self.setup.incarnation)
                 self.loop.connect(self.setup.addresses[server], me, server)
         missing = self.alive - self._servers.keys() - {self.setup.index}
-        if missing and now - self._begun > self.setup.rules.join_seconds:
+        late = now - self._begun > self.setup.rules.join_seconds
+        if missing and late and not self._is_guest:
             for server in missing:
                 self._lose_server(server, "it did not come")
         if self._is_cut_off:

@@ -222,13 +222,16 @@ class Table:
             mine[key] = spare.pop() if spare else torch.empty(held.spec.numel)
         return bytes_of(mine[key])
 
-    def send(self, key: int, part: int) -> tuple[memoryview, Callable[[], None]]:
-        """Return the bytes of a tensor, and what to call when they are sent.
+    def send(
+        self, key: int, part: int, *, main: bool = False
+    ) -> tuple[memoryview, Callable[[], None]]:
+        """Return the bytes of a tensor, and what to call when they are sent. main: of parameters,
+        those in fp32.
 
         Raises:
             Malformed: there is no such tensor.
         """
-        tensor = self._tensor(key, part, main=False)
+        tensor = self._tensor(key, part, main=main)
         held = self._held[key]
         held.num_sending += 1
 

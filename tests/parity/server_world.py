@@ -188,26 +188,43 @@ class World:
         **rules: Any,
     ) -> None:
         self.steps, self.replicas, self.lease = steps, replicas, lease
-        listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(servers)]
-        self.addresses = [sock.getsockname() for sock in listeners]
+        self._listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(servers)]
+        self.addresses = [sock.getsockname() for sock in self._listeners]
+        self._held = held
         self.rules = Rules(**{"mode": "sync", "workers": workers, "quorum": workers, **rules})
         self.servers: list[Server] = []
         self.threads: list[threading.Thread] = []
         self.failures: dict[int, BaseException] = {}
         self.workers: dict[int, Worker] = {}
-        for index, listener in enumerate(listeners):
-            setup = Setup(index, self.addresses, TOKEN, self.rules, BATCH, lease)
-            server = Server(setup, make, Policy(held))
-            self.servers.append(server)
-            thread = threading.Thread(target=self._serve, args=(index, listener), daemon=True)
-            self.threads.append(thread)
-            thread.start()
+        for index in range(servers):
+            self.server(index)
 
-    def _serve(self, index: int, listener: socket.socket) -> None:
+    def server(self, index: int, incarnation: int = 0) -> Server:
+        """Start a server; one that was killed, again."""
+        setup = Setup(
+            index,
+            self.addresses,
+            TOKEN,
+            self.rules,
+            BATCH,
+            self.lease,
+            incarnation=incarnation,
+        )
+        server = Server(setup, make, Policy(self._held))
+        thread = threading.Thread(
+            target=self._serve, args=(server, self._listeners[index].dup()), daemon=True
+        )
+        self.servers[index:], rest = [server], self.servers[index + 1 :]
+        self.servers += rest
+        self.threads.append(thread)
+        thread.start()
+        return server
+
+    def _serve(self, server: Server, listener: socket.socket) -> None:
         try:
-            self.servers[index].serve(listener)
+            server.serve(listener)
         except BaseException as error:
-            self.failures[index] = error
+            self.failures[server.setup.index] = error
 
     def worker(self, index: int, incarnation: int = 0, seconds: float = 0.0) -> Worker:
         worker = Worker(self, index, incarnation, seconds)
@@ -222,7 +239,10 @@ class World:
     def kill_server(self, index: int) -> None:
         self.servers[index]._is_over = True
         kill_loop(self.servers[index].loop)
-        self.threads[index].join(PATIENCE)
+        end = time.monotonic() + PATIENCE
+        while self.servers[index].loop.links:
+            assert time.monotonic() < end
+            time.sleep(0.002)
 
     def wait(self, *workers: Worker) -> None:
         """Wait until these (or all) are done, and raise what one has raised."""
@@ -247,3 +267,5 @@ class World:
             server.stop()
         for thread in (*self.threads, *self.workers.values()):
             thread.join(PATIENCE)
+        for sock in self._listeners:
+            sock.close()
