@@ -49,6 +49,12 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint, 0 without any."""
+        names = [path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*")]
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

@@ -58,7 +58,7 @@ def lead(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> int:
         LaunchError: ranks could not be started, or one failed; its error comes first.
     """
     again = _in_slurm() and resume  # else a job that starts again would not go on
-    before, is_time_up = _newest_checkpoint(folder), _time_limit(config, folder, again)
+    before, is_time_up = folder.newest_step, _time_limit(config, folder, again)
     _warn(plan, folder)
     while True:
         stderr_line(str(plan))
@@ -85,7 +85,7 @@ def lead_mpi(config: Config, plan: Plan, words: Sequence[str]) -> int:
         LaunchError: mpiexec could not be started, or ended before the run was complete.
     """
     folder, again = RunFolder(Path(config.run.dir)), _in_slurm() and "--resume" in words
-    before, is_time_up = _newest_checkpoint(folder), _time_limit(config, folder, again)
+    before, is_time_up = folder.newest_step, _time_limit(config, folder, again)
     stderr_line(str(plan))
     patient = _is_patient()
     env = {**mpi_environment(config, plan, os.environ), "BIGTRAIN_PATIENT": str(int(patient))}
@@ -100,7 +100,7 @@ def _after(ended: Ended, folder: RunFolder, before: int, again: bool) -> Ended:
     """In a Slurm job, queue up again where that helps; return the error to end with."""
     if not again:
         return ended
-    return queue_again(ended, os.environ, _newest_checkpoint(folder) > before, stderr_line)
+    return queue_again(ended, os.environ, folder.newest_step > before, stderr_line)
 
 
 def _in_slurm() -> bool:
@@ -131,12 +131,6 @@ def _warn(plan: Plan, folder: RunFolder) -> None:
     if plan.start == "here":
         for one in room([room_of(folder.path)]):
             stderr_line(f"warning: {one.render()}")
-
-
-def _newest_checkpoint(folder: RunFolder) -> int:
-    """Return the step of the newest checkpoint, 0 without any."""
-    names = [path.name.removeprefix("step-") for path in folder.checkpoints.glob("step-*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def dry_mpi_lines(config: Config, plan: Plan, words: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from bigtrain.config.load import dump
 from bigtrain.config.schema import Config
 from bigtrain.errors import LaunchError
 from bigtrain.machine import num_cores, num_gpus
@@ -54,7 +56,7 @@ class _Part:
 
     @property
     def was_killed(self) -> bool:
-        """Did it end by what another machine or moment might not do to it?"""
+        """Did it end by what need not happen to it again: a signal, or the loss of others?"""
         codes = [rank.code for rank in self.team.ranks]
         lost = any(rank.report.get("consequence") for rank in self.team.ranks)
         return lost or any(code is not None and code < 0 for code in codes)
@@ -96,11 +98,16 @@ class ServedRun:
         processes = self.plan.workers * self.plan.ranks_per_node + self.plan.servers
         return max(1, num_cores() // processes) if threads == "auto" else threads
 
-    def _server(self, index: int) -> _Part:
-        sock = self._sockets[index]
-        env = replace(self._environment, server=index, listen_fd=sock.fileno())
+    def _server(self, index: int, incarnation: int = 0) -> _Part:
+        descriptor = self._sockets[index].fileno()
+        env = replace(
+            self._environment, server=index, incarnation=incarnation, listen_fd=descriptor
+        )
         job = replace(self._job_of("server", index, env.to_env()), ranks_per_node=1)
-        return _Part("server", index, LocalTeam(job, inherit=[sock.fileno()], plain=True))
+        if incarnation and self.folder.config.exists():
+            job = replace(job, config_path=self.folder.config)
+        team = LocalTeam(job, inherit=[descriptor], plain=True)
+        return _Part("server", index, team, incarnation)
 
     def _worker(self, index: int, incarnation: int) -> _Part:
         env = replace(self._environment, worker=index, incarnation=incarnation)
@@ -130,16 +137,21 @@ class ServedRun:
             try:
                 for part in self.parts:
                     part.team.start()
-                for sock in self._sockets:
-                    sock.close()
-                while any(part.runs for part in self._of("worker")):
+                while self._goes_on:
                     self._turn()
                     time.sleep(_POLL_SECONDS)
                 self._end_servers()
             finally:
                 for part in self.parts:
                     part.team.close()
+                for sock in self._sockets:
+                    sock.close()
         return self._outcome()
+
+    @property
+    def _goes_on(self) -> bool:
+        """Is there a worker, and a server for it?"""
+        return all(any(part.runs for part in self._of(role)) for role in ("worker", "server"))
 
     def _of(self, role: str) -> list[_Part]:
         return [part for part in self.parts if part.role == role]
@@ -197,7 +209,10 @@ class ServedRun:
         if self._asked.numbers:
             return
         line = str(part.ended).partition("\n")[0].replace("rank 0 ", "", 1)
-        again = part.role == "worker" and part.was_killed and others
+        can_return = part.role == "worker" or (
+            self.config.server.replicas > 1 and self.config.server.mode == "sync"
+        )
+        again = can_return and part.was_killed and others
         if again and part.incarnation < self.config.server.restarts:
             part.start_at, part.is_over = now + _RESTART_SECONDS, False
             self.say(f"{part.who} {line}; it is started again")
@@ -206,9 +221,15 @@ class ServedRun:
             self.say(f"{part.who} {line}; the run goes on with {count}")
 
     def _start_again(self, part: _Part) -> None:
-        fresh = self._worker(part.index, part.incarnation + 1)
+        make = self._worker if part.role == "worker" else self._server
+        fresh = make(part.index, part.incarnation + 1)
         fresh.team.start()
         self.parts[self.parts.index(part)] = fresh
+
+    @property
+    def has_lost_servers(self) -> bool:
+        """Did servers end before the workers had done their work?"""
+        return any(part.ended is not None for part in self._of("server"))
 
     def _end_servers(self) -> None:
         """Servers end when workers have said goodbye; else they are told to."""
@@ -233,7 +254,7 @@ class ServedRun:
             Ended: how the first of those ended that failed; servers come first.
         """
         workers = self._of("worker")
-        if any(part.ended is None for part in workers):
+        if any(part.is_over and part.ended is None for part in workers):
             return 0
         asked = self._asked.numbers
         ends = [part.ended for part in (*self._of("server"), *workers) if part.ended is not None]
@@ -252,8 +273,11 @@ def lead_served(
 ) -> int:
     """Run servers and workers to the end, and return the exit code for the shell.
 
+    Where all servers that held something are gone, and there is a checkpoint, the run goes on from
+    there, and says so.
+
     Raises:
-        LaunchError: as `ServedRun.run`.
+        LaunchError: as `ServedRun.run`; there is no such server or worker.
     """
     say(str(plan))
     for event in chaos:
@@ -264,7 +288,22 @@ def lead_served(
                 why=f"the run has {most}, and the first is number 0",
                 mend=f"name one below {most}",
             )
-    return ServedRun(config, plan, folder, resume, say, chaos).run()
+    for restarts in itertools.count():
+        run = ServedRun(config, plan, folder, resume, say, chaos)
+        try:
+            return run.run()
+        except Ended as ended:
+            newest = folder.newest_step
+            again = run.has_lost_servers and newest
+            if not again or ended.asked is not None or restarts >= config.server.restarts:
+                raise
+            say(
+                f"{ended}\nwhat servers had since the checkpoint of step {newest} is lost: the run "
+                "goes on from there"
+            )
+        resume, chaos = True, ()
+        folder.next_config.write_text(dump(config), encoding="utf-8")
+    raise AssertionError("it counts for ever")
 
 
 def visible_gpus(env: Mapping[str, str], worker: int, ranks: int) -> dict[str, str]:

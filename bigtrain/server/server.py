@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigtrain.errors import BigtrainError
+from bigtrain.errors import BigtrainError, CommError
 from bigtrain.server.board import Board, Policy
 from bigtrain.server.chaos import Chaos
 from bigtrain.server.link import Link, Loop
@@ -201,7 +201,7 @@ class Server:
         if self._is_over or server in self._dead or (self._someone_left and not self._workers):
             return
         if self._is_guest:
-            self._fail(BigtrainError(f"server {server}: {why}, while it was to let us in"))
+            self._fail(CommError(f"server {server}: {why}, while it was to let us in"))
             return
         self._dead.add(server)
         if silent:
@@ -644,7 +644,7 @@ class Server:
             self._cut_since = self._cut_since or now
             if now - self._cut_since > 2 * self.setup.lease_seconds:
                 self._fail(
-                    BigtrainError(
+                    CommError(
                         f"server {self.setup.index} hears nothing of {_named(self._silent)}, and "
                         "no more than half of the workers are here",
                         why="the network is cut, and the run may go on at the other side",
