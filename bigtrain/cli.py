@@ -242,7 +242,7 @@ def _read(
 @app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Tell everything that is wrong with a config, or what it amounts to. Needs no torch."""
-    from bigtrain.config.check import describe_schedule, layout_of, microbatches_of
+    from bigtrain.config.check import describe_schedule, layout_of, microbatches_of, replicas_of
 
     read, plan = _read(config, overrides)
     layout = layout_of(read, plan.num_ranks)
@@ -251,7 +251,7 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     typer.echo(f"{config}: good")
     typer.echo(f"  ranks   {plan.num_ranks} = {layout}; {plan}")
     typer.echo(
-        f"  step    {train.global_batch} samples = {layout.dp} replica(s) x "
+        f"  step    {train.global_batch} samples = {replicas_of(read, layout)} replica(s) x "
         f"{count} microbatch(es) x {size}"
     )
     if layout.pp > 1:
@@ -388,6 +388,28 @@ def logs(
 
     with contextlib.suppress(KeyboardInterrupt):
         show_logs(run, typer.echo, follow)
+
+
+@app.command()
+def status(
+    run: Annotated[str, typer.Argument(help="a run folder")],
+    follow: Annotated[bool, typer.Option("--follow", help="Tell again each second.")] = False,
+) -> None:
+    """Tell how a run with parameter servers is: servers, workers, rounds, speed, staleness."""
+    import time
+    from pathlib import Path
+
+    from bigtrain.run_folder import RunFolder
+    from bigtrain.server.status import read_status, status_lines
+
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            for line in status_lines(read_status(RunFolder(Path(run)).status), time.time()):
+                typer.echo(line)
+            if not follow:
+                return
+            time.sleep(1.0)
+            typer.echo("")
 
 
 @app.command()

@@ -19,7 +19,7 @@ from bigtrain.comm.init import choose_device, join, leave, set_timeout
 from bigtrain.comm.mesh import Mesh
 from bigtrain.comm.started import restart_warning, starter_of
 from bigtrain.comm.world import World, read_world
-from bigtrain.config.check import describe_schedule, layout_of
+from bigtrain.config.check import describe_schedule, layout_of, replicas_of
 from bigtrain.config.load import load_config
 from bigtrain.config.schema import Config
 from bigtrain.errors import Stopped
@@ -157,7 +157,7 @@ def _announce(trainer: Trainer, source: Path | None, resume: bool) -> None:
         train.precision,
         train.global_batch,
         f"{trainer.source.items_per_sample} {source_unit}",
-        trainer.mesh.dp.degree,
+        replicas_of(trainer.config, trainer.mesh.layout),
         trainer.num_microbatches,
         trainer.microbatch,
     )

@@ -13,12 +13,14 @@ import torch
 
 from bigtrain.comm.buckets import Segment
 from bigtrain.config.load import load_config
-from bigtrain.config.schema import Config
+from bigtrain.config.schema import Config, SgdOptimizer
+from bigtrain.engines.coding import coding_of
 from bigtrain.errors import LaunchError
 from bigtrain.lifetime import StopRequest
 from bigtrain.machine import threads_per_rank
 from bigtrain.observe.progress import setup_logging
 from bigtrain.optim import learning_rate, make_optimizer
+from bigtrain.optim.build import OptimizerConfig
 from bigtrain.optim.clip import grad_divisor
 from bigtrain.run_folder import RunFolder
 from bigtrain.server.board import Update
@@ -43,27 +45,42 @@ class RunPolicy:
     def update(self, closed: Closed, squares: float) -> Update:
         """Return how to update, from (sum of losses, items, votes to stop) and squares."""
         config, (loss_sum, items, *_) = self.config, closed.totals
+        if config.server.mode == "local":
+            return self._meeting(closed, squares)
         correction = items / self._nominal if items > 0 else 1.0
         norm = float(torch.tensor(squares, dtype=torch.float64).sqrt().float())
         divisor = grad_divisor(norm / correction, correction, config.train.max_grad_norm)
         step, steps = closed.number - 1, config.train.steps
         rate = learning_rate(config.schedule, config.optimizer.lr, step, steps)
+        if config.server.mode == "async":
+            rate /= 1 + closed.staleness  # https://arxiv.org/abs/1511.05950
         finite = math.isfinite(loss_sum) and math.isfinite(norm)
         return Update(rate, divisor if finite else 1.0, not finite, norm)
 
+    def _meeting(self, closed: Closed, squares: float) -> Update:
+        """Return how to move by the mean of how far workers came."""
+        count, finite = len(closed.parts), math.isfinite(squares)
+        return Update(self.config.server.outer_lr, float(count), not finite, squares**0.5 / count)
+
     def is_held(self, closed: Closed) -> bool:
-        every, number = self.config.checkpoint.every, closed.number
+        every = self.config.checkpoint.every
+        number = closed.number * steps_of_round(self.config)
         is_last = number >= self.config.train.steps or any(closed.totals[2:])
         return is_last or (every > 0 and number % every == 0)
+
+
+def steps_of_round(config: Config) -> int:
+    """Return how many steps of the run a round is."""
+    return config.server.local_steps if config.server.mode == "local" else 1
 
 
 def rules_of(config: Config) -> Rules:
     """Return how rounds close."""
     server = config.server
     return Rules(
-        mode=server.mode,
+        mode="sync" if server.mode == "local" else server.mode,
         workers=server.workers,
-        quorum=server.quorum or server.workers,
+        quorum=server.least,
         grace_seconds=server.grace_seconds,
         stall_seconds=config.parallel.timeout_seconds / 2,
         join_seconds=server.join_seconds,
@@ -87,7 +104,7 @@ def serve(config_path: str, overrides: Sequence[str], stop: StopRequest) -> None
         addresses=env.addresses,
         token=env.token,
         rules=rules_of(config),
-        batch=config.train.global_batch,
+        batch=config.train.global_batch * steps_of_round(config),
         lease_seconds=config.server.lease_seconds,
         status=RunFolder(Path(config.run.dir)).status,
         incarnation=env.incarnation,
@@ -95,11 +112,31 @@ def serve(config_path: str, overrides: Sequence[str], stop: StopRequest) -> None
     )
 
     def make(segments: Sequence[Segment]) -> Any:
-        return make_optimizer(segments, config.optimizer, config.run.kernels)
+        return make_optimizer(segments, _updated_by(config), config.run.kernels)
 
-    server = Server(setup, make, RunPolicy(config))
+    push, pull = (
+        coding_of(config.server.coding(way), config.server.density) for way in ("push", "pull")
+    )
+    if config.server.mode == "ssp" and config.optimizer.kind == "adamw" and env.server == 0:
+        log.warning(
+            "AdamW with gradients of older parameters learns less well (server.mode = ssp, up to %d "
+            "rounds old); lion bears it better, server.staleness=0 has none",
+            config.server.staleness,
+        )
+    server = Server(setup, make, RunPolicy(config), push, pull)
     stop.call = server.stop
     server.serve(_listener(env))
+
+
+def _updated_by(config: Config) -> OptimizerConfig:
+    """Return the optimizer of the servers."""
+    server = config.server
+    if server.mode != "local":
+        return config.optimizer
+    momentum = server.outer_momentum
+    return SgdOptimizer(
+        kind="sgd", lr=server.outer_lr, momentum=momentum, nesterov=momentum > 0, weight_decay=0.0
+    )
 
 
 def _listener(env: Environment) -> socket.socket:

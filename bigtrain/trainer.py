@@ -38,7 +38,8 @@ from bigtrain.data.permutation import derive_seed
 from bigtrain.data.stream import TrainStream, rank_positions, seed_everything, validation_batches
 from bigtrain.engines.deepspeed_engine import DeepSpeedEngine
 from bigtrain.engines.deepspeed_setup import load_deepspeed
-from bigtrain.engines.native import ERRORS, NativeState, OwnClock, predict_memory
+from bigtrain.engines.local import LocalState
+from bigtrain.engines.native import ERRORS, OUTER, NativeState, OwnClock, predict_memory
 from bigtrain.engines.seam import Clock, Gradients, Holder, Place, Runner, Updater
 from bigtrain.engines.served import Served, zero_of_worker
 from bigtrain.errors import BigtrainError, CheckpointError, NonFiniteError
@@ -105,7 +106,7 @@ class Trainer:
         if config.engine.kind == "deepspeed":
             engine = self._deepspeed()
             self.pipeline = self.path = self.optimizer = self.state = engine
-        elif config.server.servers:
+        elif config.server.servers and config.server.mode != "local":
             self.pipeline = pipeline = self._native()
             served = Served(self.model, pipeline.path, mesh, config, Environment.read())
             self.path = self.optimizer = self.state = served
@@ -117,6 +118,10 @@ class Trainer:
             optimizer = build_optimizer(path, config.optimizer, config.run.kernels, kind)
             self.pipeline, self.path, self.optimizer = pipeline, path, optimizer
             self.state = NativeState(self.model, path, optimizer, mesh.dp)
+            if config.server.servers:
+                env = Environment.read()
+                local = LocalState(self.model, path, optimizer, mesh, config, env)
+                self.state, self.clock = local, local.clock
             self.memory = predict_memory(pipeline, optimizer, config.zero, self.num_microbatches)
         self._draws_per_sample = any(isinstance(m, Dropout) for m in self.model.modules())
         self._stream: TrainStream | None = None
@@ -133,7 +138,7 @@ class Trainer:
         )
 
     def _native(self) -> Pipeline:
-        config, mesh = self.config, self.mesh
+        config, mesh, server = self.config, self.mesh, self.config.server
         return build_pipeline(
             self.model,
             mesh,
@@ -148,10 +153,10 @@ class Trainer:
             tp_chunks=config.parallel.tp_chunks,
             dtype=self.dtype,
             bucket_mb=config.parallel.bucket_mb,
-            zero=zero_of_worker(config.zero, mesh) if config.server.servers else config.zero,
+            zero=zero_of_worker(config.zero, mesh, server.mode) if server.servers else config.zero,
             compression=config.compression,
             kind_of=kinds_for(config.optimizer, self.model),
-            **({"around": Pushing} if config.server.servers else {}),
+            **({"around": Pushing} if server.servers and server.mode != "local" else {}),
         )
 
     def _example(self) -> Batch | None:
@@ -266,10 +271,10 @@ class Trainer:
             self._on_overflow()
         else:
             self._on_nonfinite(micros.ids, losses)
-        self.clock.advance(self.config.train.global_batch)
+        votes = self.clock.advance(self.config.train.global_batch, votes)
         for number, vote in zip(STOP_SIGNALS, votes, strict=True):
             self.stop_signal = number if vote else self.stop_signal
-        speed = items / (time.perf_counter() - begin)
+        speed = items * self.clock.fellows / (time.perf_counter() - begin)
         mean = loss_sum / items if items > 0 else 0.0
         samples = [int(i) for number in sorted(micros.ids) for i in micros.ids[number]]
         shown = scale if self.dtype is torch.float16 else None
@@ -551,7 +556,7 @@ class Trainer:
                     why="it would not go on as the run that it is",
                     mend=mend,
                 )
-        kept = {name for name in manifest.tensors if name.startswith(ERRORS)}
+        kept = {name for name in manifest.tensors if name.startswith((ERRORS, OUTER))}
         left_over = sorted(manifest.tensors.keys() - known - kept)
         if left_over:
             raise CheckpointError(

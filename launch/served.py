@@ -210,7 +210,7 @@ class ServedRun:
             return
         line = str(part.ended).partition("\n")[0].replace("rank 0 ", "", 1)
         can_return = part.role == "worker" or (
-            self.config.server.replicas > 1 and self.config.server.mode == "sync"
+            self.config.server.replicas > 1 and self.config.server.mode in ("sync", "local")
         )
         again = can_return and part.was_killed and others
         if again and part.incarnation < self.config.server.restarts:

@@ -9,7 +9,16 @@ from bigtrain.config.serving import ServerSection
 from bigtrain.errors import Problem
 
 _WHOLE = ("lamb", "muon")
-_DEPENDS = {"staleness": ("ssp",), "quorum": ("sync", "ssp"), "grace_seconds": ("sync", "ssp")}
+_ROUNDS = ("local", "sync", "ssp")
+_DEPENDS = {  # keys that some modes alone look at
+    "local_steps": ("local",),
+    "outer_lr": ("local",),
+    "outer_momentum": ("local",),
+    "staleness": ("ssp",),
+    "quorum": _ROUNDS,
+    "grace_seconds": _ROUNDS,
+}
+_FEW_BITS = ("onebit", "topk")
 
 
 def server_rule(config: Config, world_size: int | None) -> Iterator[Problem]:
@@ -21,6 +30,9 @@ def server_rule(config: Config, world_size: int | None) -> Iterator[Problem]:
     other = [key for key, modes in _DEPENDS.items() if server.mode not in modes]
     yield from _idle(server, other, f"server.mode = {server.mode}")
     yield from _counts(server)
+    yield from _codings(server)
+    yield from _local(config)
+    yield from _async(config)
     yield from _neighbours(config)
 
 
@@ -53,6 +65,66 @@ def _counts(server: ServerSection) -> Iterator[Problem]:
             why="a quorum is a part of the workers",
             mend=f"set server.quorum to {server.workers} at most, or leave it empty",
             keys=("server.quorum", "server.workers"),
+        )
+
+
+def _codings(server: ServerSection) -> Iterator[Problem]:
+    ways = [way for way in ("push", "pull") if getattr(server, way) in _FEW_BITS]
+    for way in ways:
+        keys = (f"server.{way}", "server.mode", "server.outer_momentum")
+        if server.mode != "local":
+            yield Problem(
+                f"server.{way} = {getattr(server, way)} with server.mode = {server.mode}",
+                why="a gradient of one step loses too much in so few bits; what many steps have "
+                "added up to does not",
+                mend=f"set server.{way} to int4, int8, bf16 or fp32, or server.mode=local",
+                keys=keys,
+            )
+        elif server.outer_momentum:
+            yield Problem(
+                f"server.{way} = {getattr(server, way)} with server.outer_momentum = "
+                f"{server.outer_momentum:g}",
+                why="momentum adds up what so few bits get wrong",
+                mend=f"set server.outer_momentum=0 and server.outer_lr=1, or server.{way}=int4",
+                keys=keys,
+            )
+    if "topk" not in ways and server.density != ServerSection().density:
+        yield Problem(
+            "server.density has no meaning without topk",
+            why="it is the share of the elements that topk sends",
+            mend="remove server.density, or set server.push=topk",
+            keys=("server.density", "server.push", "server.pull"),
+        )
+
+
+def _local(config: Config) -> Iterator[Problem]:
+    each = config.server.local_steps
+    if config.server.mode != "local":
+        return
+    for key, steps in (
+        ("train.steps", config.train.steps),
+        ("checkpoint.every", config.checkpoint.every),
+        ("eval.every", config.eval.every),
+    ):
+        if steps % each:
+            below, above = steps // each * each, (steps // each + 1) * each
+            legal = f"{below} or {above}" if below else f"{above}"
+            yield Problem(
+                f"{key} = {steps} is no multiple of server.local_steps = {each}",
+                why="between two rounds each worker has parameters of its own",
+                mend=f"set {key} to {legal}, or server.local_steps to a divisor of {steps}",
+                keys=(key, "server.local_steps"),
+            )
+
+
+def _async(config: Config) -> Iterator[Problem]:
+    if config.server.mode == "async" and config.optimizer.kind == "adamw":
+        yield Problem(
+            "optimizer.kind = adamw with server.mode = async",
+            why="AdamW's steps do not shrink with the gradient, so that gradients of old parameters "
+            "spoil the new ones",
+            mend="set optimizer.kind to lion or sgd, or server.mode to local, sync or ssp",
+            keys=("optimizer.kind", "server.mode"),
         )
 
 

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from bigtrain.config.section import PositiveInt, Section
 
+CodingKind = Literal["fp32", "bf16", "int8", "int4", "onebit", "topk"]
+
 
 class ServerSection(Section):
     servers: Annotated[int, Field(ge=0)] = 0
@@ -16,13 +18,30 @@ class ServerSection(Section):
     """Workers that read shares of the data, each one or more ranks: parallel says how many."""
     replicas: PositiveInt = 1
     """Servers that hold each block, so that the run survives the end of all but one of them."""
-    mode: Literal["sync", "ssp", "async"] = "sync"
-    """sync: an update is the sum of all workers' gradients. ssp: the same, but workers may be some
-    rounds ahead. async: an update with each worker's gradient, as it comes."""
+    mode: Literal["local", "sync", "ssp", "async"] = "local"
+    """local: workers take steps of their own, and servers move by the mean of how far they came.
+    sync: a step is the sum of all workers' gradients. ssp: the same, but workers may be some
+    rounds ahead. async: a step with each worker's gradient, as it comes."""
+    local_steps: PositiveInt = 20
+    """local: steps that a worker takes by itself in a round."""
+    outer_lr: Annotated[float, Field(gt=0)] = 0.7
+    """local: the servers' learning rate; 1 is the mean of the workers' parameters."""
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """local: the servers' Nesterov momentum; 0: none."""
+    push: CodingKind | Literal["auto"] = "auto"
+    """What workers send: fp32, bf16, 8 or 4 bits, signs, the largest elements; what is lost goes
+    with the next. auto: int4 for local, else fp32."""
+    pull: CodingKind | Literal["auto"] = "auto"
+    """What servers send back: parameters (fp32: in the model's precision), or what they lack, in so
+    many bits. auto: int4 for local, else fp32."""
+    density: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """topk: share of the elements that is sent."""
     quorum: PositiveInt | None = None
-    """Workers that make up an update, if others are late. Empty: all that are there."""
-    grace_seconds: Annotated[float, Field(ge=0)] = 1.0
-    """How long workers that have begun the round may take once there is a quorum."""
+    """Workers that make up a round, if others are late. Empty: for local more than half, else all
+    that are there."""
+    grace_seconds: Annotated[float, Field(ge=0)] | None = None
+    """How long workers that have begun the round may take once there is a quorum. Empty: a tenth of
+    what the round has taken."""
     staleness: Annotated[int, Field(ge=0)] = 2
     """ssp: rounds that a worker may be ahead of the one that is open."""
     lease_seconds: Annotated[float, Field(ge=0.5)] = 5.0
@@ -31,3 +50,17 @@ class ServerSection(Section):
     """How long the first round waits for all workers, and servers for each other."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """How often a worker that was killed is started again, which then joins in the middle."""
+
+    def coding(self, way: Literal["push", "pull"]) -> CodingKind:
+        """Return what messages of that way are."""
+        given = self.push if way == "push" else self.pull
+        if given != "auto":
+            return given
+        return "int4" if self.mode == "local" else "fp32"
+
+    @property
+    def least(self) -> int:
+        """Workers that make up a round, if others are late."""
+        if self.quorum is not None:
+            return self.quorum
+        return self.workers // 2 + 1 if self.mode == "local" else self.workers

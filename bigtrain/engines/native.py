@@ -21,6 +21,7 @@ from bigtrain.pipeline.run import Pipeline
 from bigtrain.zero.memory import Memory, predict
 
 ERRORS = "compression.error."  # what a run without compression need not take up
+OUTER = "server."  # the same of one without servers
 
 
 class Moments(Protocol):
@@ -114,6 +115,7 @@ class OwnClock:
     cursor: int = 0
     speaks = True
     has_begun = False
+    fellows = 1
 
     @property
     def place(self) -> Place:
@@ -128,9 +130,10 @@ class OwnClock:
     def agree(self, totals: torch.Tensor) -> torch.Tensor:
         return totals
 
-    def advance(self, batch: int) -> None:
+    def advance(self, batch: int, votes: list[float]) -> list[float]:
         self.step += 1
         self.cursor += batch
+        return votes
 
     def evaluation(self) -> Place | None:
         return self.place

@@ -146,6 +146,10 @@ class Clock(Protocol):
         """Is this the world that shows, records and saves the last step?"""
 
     @property
+    def fellows(self) -> int:
+        """Worlds that take such steps at the same time, each with totals of its own."""
+
+    @property
     def has_begun(self) -> bool:
         """Does the run go on elsewhere already, so that there is nothing to load or to begin?"""
 
@@ -159,8 +163,8 @@ class Clock(Protocol):
         """Return the sum of `totals` over all worlds whose gradients are in the update; after
         `Gradients.finish`."""
 
-    def advance(self, batch: int) -> None:
-        """A step is over, of `batch` samples."""
+    def advance(self, batch: int, votes: list[float]) -> list[float]:
+        """A step is over, of `batch` samples; return the votes to stop that count now."""
 
     def evaluation(self) -> Place | None:
         """Return this rank's place in an evaluation after the last step; None: in none."""

@@ -40,8 +40,8 @@ class Event:
     def __str__(self) -> str:
         text = f"{self.what}:{self.role}={self.index},step={self.step}"
         if self.what != "kill":
-            text += f",seconds={self.seconds:g}"
-        return text + (f",ms={self.ms:g}" if self.what == "delay" else "")
+            text += f",seconds={self.seconds:.15g}"
+        return text + (f",ms={self.ms:.15g}" if self.what == "delay" else "")
 
 
 def parse(text: str) -> Event:
@@ -51,7 +51,8 @@ def parse(text: str) -> Event:
         BigtrainError: it describes none.
     """
     what, _, rest = text.partition(":")
-    given = dict(pair.partition("=")[::2] for pair in rest.split(",") if pair)
+    pairs = [pair.partition("=")[::2] for pair in rest.split(",") if pair]
+    given = dict(pairs)
     roles = [role for role in ("worker", "server") if role in given]
 
     def refuse(why: str) -> BigtrainError:
@@ -63,15 +64,17 @@ def parse(text: str) -> Event:
         raise refuse("it says of one worker or one server what happens to it")
     if unknown := given.keys() - {*roles, "step", "seconds", "ms"}:
         raise refuse(f"{sorted(unknown)[0]} is not known")
+    if twice := [name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i])]:
+        raise refuse(f"{twice[0]} is there twice")
     try:
         values = {name: float(value) for name, value in given.items()}
     except ValueError:
         raise refuse("all values are numbers") from None
     whole = [values[roles[0]], values.get("step", 0.0)]
-    if "step" not in values or any(v < 0 or v != int(v) for v in whole):
+    if "step" not in values or any(v < 0 or not v.is_integer() for v in whole):
         raise refuse("a number of a worker or server, and a step, are whole numbers")
     if any(not 0 <= v < 1e6 for v in values.values()):
-        raise refuse("times are not negative")
+        raise refuse("all values are 0 or more, and less than a million")
     more = {name: values[name] for name in ("seconds", "ms") if name in values}
     return Event(what, roles[0], *map(int, whole), **more)  # type: ignore[arg-type]
 

@@ -14,20 +14,24 @@ from typing import Any
 from bigtrain.errors import CommError
 from bigtrain.server.chaos import Chaos
 from bigtrain.server.link import Link, Loop
-from bigtrain.server.protocol import Header, Kind, Malformed, Who
+from bigtrain.server.protocol import STEPS, Header, Kind, Malformed, Who
 from bigtrain.server.table import BlockSpec
 
 log = logging.getLogger(__name__)
 
 _CALL_SECONDS = 0.3  # between two tries to reach a server
+_MOST_STEPS = 8  # times the size of parameters that it may take to tell how they have moved
 
 
 @dataclass
 class _Pull:
-    """A tensor that is to come: a version from `version` on, into `room`."""
+    """A tensor that is to come: a version from `version` on, into `room`; or how it has moved since
+    the version that is there (`have`), into `steps`."""
 
     version: int
     room: memoryview
+    have: int | None = None
+    steps: bytearray | None = None
     asked: Link | None = None
     came: int | None = None  # the version that has
 
@@ -165,18 +169,26 @@ class Client:
 
         self._on_loop(go)
 
-    def pull(self, wanted: Sequence[tuple[int, int, int, memoryview]]) -> None:
-        """Ask for tensors, in this order: (key, part, version, where it is to go)."""
+    def pull(
+        self,
+        wanted: Sequence[tuple[int, int, int, memoryview]],
+        have: Mapping[int, int] | None = None,
+    ) -> None:
+        """Ask for tensors, in this order: (key, part, version, where it is to go).
+
+        have: by key, versions that are there, where it will do to know how they have moved.
+        """
 
         def go() -> None:
             for key, part, version, room in wanted:
-                pull = self._pulls[key, part] = _Pull(version, room)
+                pull = self._pulls[key, part] = _Pull(version, room, (have or {}).get(key))
                 self._ask(key, part, pull)
 
         self._on_loop(go)
 
-    def wait_pulled(self, key: int, part: int = 0) -> int:
-        """Return the version of a tensor that was asked for, once it is here.
+    def wait_pulled(self, key: int, part: int = 0) -> tuple[int, bytearray | None]:
+        """Return the version of a tensor that was asked for, once it is here, and how it has moved,
+        if that has come in its place.
 
         Raises:
             CommError: no server that holds it is left.
@@ -187,9 +199,9 @@ class Client:
             return pull is not None and pull.came is not None
 
         self._wait(f"block {key}", there)
-        came = self._pulls.pop((key, part)).came
-        assert came is not None
-        return came
+        pull = self._pulls.pop((key, part))
+        assert pull.came is not None
+        return pull.came, pull.steps
 
     def add_up(self, name: str, workers: Sequence[int], values: Sequence[float]) -> list[float]:
         """Return the sum of `values` over those of `workers` that live (rank 0 only)."""
@@ -357,15 +369,19 @@ class Client:
     # -- frames --------------------------------------------------------------------------------
 
     def room(self, link: Link, header: Header) -> memoryview:
-        pull = self._pulls.get((header.key, header.part))
+        pull = self._pulls.get((header.key, 0 if header.part == STEPS else header.part))
         if header.kind is not Kind.TENSOR or pull is None or pull.asked is not link:
             raise Malformed(f"{header.kind.name} that nobody has asked for")
+        if header.part == STEPS:
+            pull.steps = bytearray(min(header.length, _MOST_STEPS * pull.room.nbytes))
+            return memoryview(pull.steps)
+        pull.have, pull.steps = None, None  # what was there is being overwritten
         return pull.room
 
     def frame(self, link: Link, header: Header, content: dict[str, Any]) -> None:
         kind = header.kind
         if kind is Kind.TENSOR:
-            pull = self._pulls.get((header.key, header.part))
+            pull = self._pulls.get((header.key, 0 if header.part == STEPS else header.part))
             if pull is not None and pull.asked is link:
                 pull.came = header.step
         elif kind is Kind.HAVE:
@@ -427,7 +443,8 @@ class Client:
         link = next((self._links[s] for s in holders if s in self._links), None)
         if link is not None:
             pull.asked = link
-            link.say(Kind.PULL, key=key, step=pull.version, part=part)
+            content = None if pull.have is None else {"have": pull.have}
+            link.say(Kind.PULL, content, key=key, step=pull.version, part=part)
         elif set(holders) <= self._dead:
             self._fail(
                 f"all servers that hold block {key} are gone",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bigtrain.errors import PlanError
+from bigtrain.errors import BigtrainError, PlanError
 from bigtrain.server.chaos import Event, parse
 
 _SERVERS, _TOKEN, _CHAOS = "BIGTRAIN_SERVERS", "BIGTRAIN_TOKEN", "BIGTRAIN_CHAOS"
@@ -64,7 +64,7 @@ class Environment:
             server=_number(env, _SERVER),
             worker=_number(env, _WORKER),
             incarnation=_number(env, _INCARNATION) or 0,
-            chaos=tuple(map(parse, env.get(_CHAOS, "").split())),
+            chaos=_events(env.get(_CHAOS, "")),
             listen_fd=_number(env, _LISTEN),
         )
 
@@ -76,7 +76,7 @@ def is_server(env: Mapping[str, str] = os.environ) -> bool:
 
 def _address(text: str) -> tuple[str, int]:
     host, _, port = text.strip().rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
+    if not host or not port.isdecimal() or len(port) > 5 or int(port) > 65535:
         raise PlanError(
             f"{_SERVERS} has {text!r}",
             where="environment",
@@ -84,6 +84,16 @@ def _address(text: str) -> tuple[str, int]:
             mend=_MEND,
         )
     return host.strip("[]"), int(port)
+
+
+def _events(text: str) -> tuple[Event, ...]:
+    try:
+        return tuple(map(parse, text.split()))
+    except BigtrainError as error:
+        it = error.problem
+        raise PlanError(
+            f"{_CHAOS} is {text!r}: {it.what}", where="environment", why=it.why, mend=_MEND
+        ) from None
 
 
 def _number(env: Mapping[str, str], name: str) -> int | None:

@@ -6,6 +6,7 @@ gets a frame that makes no sense closes the link that it came by, and nothing el
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import hashlib
 import hmac
@@ -24,6 +25,7 @@ MOST_TEXT = 64 << 20  # bytes of JSON: what a worker declares of a large model
 MOST_BEFORE_WELCOME = 4096  # bytes of JSON of who has not shown yet that it has the token
 TOKEN_BYTES = 32
 NONCE_BYTES = 16
+STEPS = 0xFFFF  # the part of a TENSOR that tells how parameters have moved, step by step
 
 
 class Kind(enum.IntEnum):
@@ -46,7 +48,7 @@ class Kind(enum.IntEnum):
     FILLED = 13  # worker: those were all
     PUSH = 14  # worker: a gradient
     HAVE = 15  # server: of this round I have all that you push
-    PULL = 16  # worker: send me this tensor of a block, of this version or a later one
+    PULL = 16  # worker: send me this tensor of a block, of this version or a later one; I have that
     TENSOR = 17  # server: here it is
 
     READY = 20  # worker, to the board: I can begin
@@ -164,7 +166,10 @@ def numbers(content: Mapping[str, Any], name: str, count: int | None = None) -> 
         raise Malformed(f"no {name} that make sense")
     if not all(type(value) in (int, float) for value in values):
         raise Malformed(f"{name} that are no numbers")
-    return [float(value) for value in values]
+    try:
+        return [float(value) for value in values]
+    except OverflowError:
+        raise Malformed(f"{name} that are too large") from None
 
 
 # -- who may speak ---------------------------------------------------------------------------------
@@ -219,7 +224,7 @@ def nonce() -> str:
 def proof(token: str, speaker: str, theirs: str, own: str, who: Who) -> str:
     """Return what only who has the token can tell of two nonces: that of the other side, and one's
     own. `speaker`, "client" or "server", keeps one side from sending back what the other said."""
-    about = json.dumps([speaker, theirs, own, who.role, who.index, who.incarnation, who.rank])
+    about = json.dumps([speaker, theirs, own, *dataclasses.astuple(who)])
     return hmac.new(token.encode(), about.encode(), hashlib.sha256).hexdigest()
 
 
@@ -230,5 +235,6 @@ def check_proof(given: Any, token: str, speaker: str, theirs: str, own: str, who
         Malformed: it is another.
     """
     expected = proof(token, speaker, theirs, own, who)
-    if not isinstance(given, str) or not hmac.compare_digest(given.encode(), expected.encode()):
+    as_bytes = given.encode(errors="replace") if isinstance(given, str) else b""
+    if not hmac.compare_digest(as_bytes, expected.encode()):
         raise Malformed(f"{who} does not have the token of this run")

@@ -28,14 +28,15 @@ class Rules:
     """How rounds close.
 
     workers: that are meant to be. quorum: how many make up a round at least, if so many are there.
-    grace_seconds: what the others have from then on. stall_seconds: after which nobody is waited
-    for. join_seconds: how long the first round waits for all workers. staleness: of ssp.
+    grace_seconds: what the others have from then on; None: a tenth of what it has taken.
+    stall_seconds: after which nobody is waited for. join_seconds: how long the first round waits
+    for all workers. staleness: of ssp.
     """
 
     mode: Mode
     workers: int
     quorum: int
-    grace_seconds: float = 1.0
+    grace_seconds: float | None = None
     stall_seconds: float = 300.0
     join_seconds: float = 120.0
     staleness: int = 0
@@ -136,7 +137,7 @@ class Rounds:
         self.holder: int | None = None  # a worker that no round closes without
         self.most_stale = 0
         self._first_ready: float | None = None
-        self._enough_since: float | None = None  # when the open round had its quorum
+        self._grace_until: float | None = None  # once the open round has its quorum
 
     # -- what happens --------------------------------------------------------------------------
 
@@ -209,7 +210,7 @@ class Rounds:
             del member.reports[report.clock]
             member.counted = report.clock
             self.shares.used(worker, report.clock)
-        self.version, self.holder, self._enough_since = number, None, None
+        self.version, self.holder, self._grace_until = number, None, None
         parts = tuple(
             Part(worker, self.members[worker].incarnation, r.clock, r.base)
             for worker, r in chosen.items()
@@ -232,14 +233,15 @@ class Rounds:
         behind = [w for w, m in busy.items() if m.clock < number]
         if not owing and not behind:
             return True
-        if self._enough_since is None:
+        if self._grace_until is None:
             first = min(self.members[worker].began for worker in chosen)
             if now - first >= self.rules.stall_seconds:
                 return True
             if len(chosen) < min(self.rules.quorum, len(self.members)):
                 return False
-            self._enough_since = now
-        return not owing or now - self._enough_since >= self.rules.grace_seconds
+            given = self.rules.grace_seconds
+            self._grace_until = now + ((now - first) / 10 if given is None else given)
+        return not owing or now >= self._grace_until
 
     def turns(self, now: float) -> list[Turn]:
         """Return what workers are to do that have nothing to do, and may go on."""
@@ -281,8 +283,8 @@ class Rounds:
         ends = []
         if not self.began and self._first_ready is not None:
             ends.append(self._first_ready + self.rules.join_seconds)
-        if self._enough_since is not None:
-            ends.append(self._enough_since + self.rules.grace_seconds)
+        if self._grace_until is not None:
+            ends.append(self._grace_until)
         reported = [m.began for m in self.members.values() if m.reports]
         if reported:
             ends.append(min(reported) + self.rules.stall_seconds)

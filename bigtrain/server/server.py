@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,10 +13,12 @@ from typing import Any
 from bigtrain.errors import BigtrainError, CommError
 from bigtrain.server.board import Board, Policy
 from bigtrain.server.chaos import Chaos
+from bigtrain.server.coding import Coding
 from bigtrain.server.link import Link, Loop
-from bigtrain.server.protocol import Header, Kind, Malformed, Who, nonce, number
+from bigtrain.server.protocol import STEPS, Header, Kind, Malformed, Who, nonce, number
 from bigtrain.server.rounds import Closed, Rounds, Rules
 from bigtrain.server.shares import Shares
+from bigtrain.server.status import write_status
 from bigtrain.server.table import BlockSpec, MakeOptimizer, Source, Table
 
 log = logging.getLogger(__name__)
@@ -49,15 +49,32 @@ class Setup:
     chaos: Chaos = field(default_factory=lambda: Chaos([], "server", 0, 0))
 
 
+@dataclass(frozen=True)
+class _Pull:
+    """A worker's wish for a tensor of `version` or later; `have` is the version that it has."""
+
+    link: Link
+    part: int
+    version: int
+    have: int | None
+
+
 class Server:
     """Serves until all workers have left, or `stop` is called.
 
     What moves frames, and the board, run on the loop's thread; sums and updates on another.
     """
 
-    def __init__(self, setup: Setup, make_optimizer: MakeOptimizer, policy: Policy) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        make_optimizer: MakeOptimizer,
+        policy: Policy,
+        push: Coding | None = None,
+        pull: Coding | None = None,
+    ) -> None:
         self.setup, self.policy = setup, policy
-        self.table = Table(make_optimizer)
+        self.table = Table(make_optimizer, push=push, pull=pull)
         self.loop = Loop(self, setup.token, setup.lease_seconds)
         self.identity = nonce()  # of this process: one that is started again is another
         self.failure: BaseException | None = None
@@ -84,7 +101,7 @@ class Server:
         self._is_filled = False
         self._early: list[tuple[Link, Kind, dict[str, Any]]] = []  # for a board that is none yet
         self._got: dict[Source, dict[int, set[int]]] = {}  # rank -> keys that are here
-        self._pulls: dict[int, list[tuple[Link, int, int]]] = {}  # key -> (link, part, version)
+        self._pulls: dict[int, list[_Pull]] = {}  # by key
         self._updating = False
         self._jobs = ThreadPoolExecutor(1, thread_name_prefix="bigtrain updates")
         self._told: set[tuple[int, int]] = set()  # who knows whether we want its values
@@ -182,7 +199,7 @@ class Server:
     def closed(self, link: Link, why: str) -> None:
         who = link.who
         for waiting in self._pulls.values():
-            waiting[:] = [pull for pull in waiting if pull[0] is not link]
+            waiting[:] = [pull for pull in waiting if pull.link is not link]
         self._early = [frame for frame in self._early if frame[0] is not link]
         if who is None:
             return
@@ -286,7 +303,7 @@ class Server:
         elif header.kind is Kind.PUSH:
             self._on_push(link, who, header)
         elif header.kind is Kind.PULL:
-            self._on_pull(link, header)
+            self._on_pull(link, header, content)
         elif header.kind is Kind.DECLARE:
             self._on_declare(link, who, content)
         elif header.kind is Kind.FILLED:
@@ -358,7 +375,7 @@ class Server:
         assert self.table.optimizer is not None
         self._about = about
         self.policy.begin(about)
-        self.table.rounded()
+        self.table.rounded(fresh=not self._is_guest)
         self.table.optimizer.num_updates = number(about, "num_updates")
         self.version = number(about, "step")
         self._is_filled = True
@@ -420,7 +437,8 @@ class Server:
         link = self._guests[guest]
         for spec in self._specs.values():
             if guest in spec.servers and self._source_for(spec) == self.setup.index:
-                for part in range(len(self.table.moments) + 1):
+                replica = len(self.table.moments) + 2
+                for part in (*range(len(self.table.moments) + 1), replica):
                     data, sent = self.table.send(spec.key, part, main=True)
                     link.send(Kind.VALUES, data, sent, key=spec.key, part=part)
         link.say(Kind.FILLED, {})
@@ -466,24 +484,34 @@ class Server:
                 return
         link.say(Kind.HAVE, step=header.step)
 
-    def _on_pull(self, link: Link, header: Header) -> None:
-        self._pulls.setdefault(header.key, []).append((link, header.part, header.step))
+    def _on_pull(self, link: Link, header: Header, content: dict[str, Any]) -> None:
+        have = number(content, "have") if "have" in content else None
+        pull = _Pull(link, header.part, header.step, have)
+        self._pulls.setdefault(header.key, []).append(pull)
         if header.step <= self.version and not self._updating:
             self._answer_pulls(header.key, self.version)
 
     def _answer_pulls(self, key: int, version: int) -> None:
         waiting = self._pulls.pop(key, [])
-        later = [pull for pull in waiting if pull[2] > version]
+        later = [pull for pull in waiting if pull.version > version]
         if later:
             self._pulls[key] = later
-        for link, part, wanted in waiting:
-            if wanted <= version:
+        for pull in waiting:
+            if pull.version <= version:
                 try:
-                    data, sent = self.table.send(key, part)
+                    self._answer_pull(key, version, pull)
                 except Malformed as error:
-                    link.refuse(str(error))
-                    continue
-                link.send(Kind.TENSOR, data, sent, key=key, step=version, part=part)
+                    pull.link.refuse(str(error))
+
+    def _answer_pull(self, key: int, version: int, pull: _Pull) -> None:
+        """Send a tensor: what the worker's lacks, if that is known, or else all of it."""
+        if pull.have is not None and pull.part == 0:
+            steps = self.table.steps_since(key, pull.have, version)
+            if steps is not None:
+                pull.link.send(Kind.TENSOR, steps, key=key, step=version, part=STEPS)
+                return
+        data, sent = self.table.send(key, pull.part)
+        pull.link.send(Kind.TENSOR, data, sent, key=key, step=version, part=pull.part)
 
     # -- orders of the board, and answers ------------------------------------------------------
 
@@ -577,7 +605,7 @@ class Server:
 
         def work() -> None:
             if not update["skip"]:
-                self.table.apply(update["rate"], update["divisor"], answer)
+                self.table.apply(done_number, update["rate"], update["divisor"], answer)
 
         def done(_: None) -> None:
             self._updating, self.version = False, done_number
@@ -672,34 +700,35 @@ class Server:
         rounds = self._board.rounds
         self._rate = [*self._rate[-20:], (now, rounds.version)]
         seconds, steps = now - self._rate[0][0], rounds.version - self._rate[0][1]
+        samples = self.setup.batch / rounds.rules.workers
+        parts = len(self._board.outcome["parts"]) if self._board.outcome is not None else 0
+        speed = steps / seconds if seconds > 0 else 0.0
         status = {
-            "time": time.time(),
             "board": self.setup.index,
             "mode": rounds.rules.mode,
             "version": rounds.version,
-            "rounds_per_second": steps / seconds if seconds > 0 else 0.0,
+            "rounds_per_second": speed,
+            "samples_per_second": speed * parts * samples,
             "most_stale": rounds.most_stale,
             "outcome": self._board.outcome,
             "shares": rounds.shares.to_message(),
             "servers": {
-                str(s): "alive" if s in self.alive else "gone"
-                for s in range(len(self.setup.addresses))
+                str(s): "lives" if s in self.alive else "is gone" for s in range(self.num_servers)
             },
+            "num_workers": rounds.rules.workers,
             "workers": {
                 str(w): {
                     "round": member.clock,
                     "incarnation": member.incarnation,
-                    "state": "waits" if member.reports else "computes",
+                    "state": "waits" if member.reports or member.wants_turn else "computes",
                     "seconds": round(now - member.began, 2),
                 }
                 for w, member in sorted(rounds.members.items())
             },
             "held_bytes": self.table.num_bytes,
         }
-        hidden = self.setup.status.with_suffix(".next")
         try:
-            hidden.write_text(json.dumps(status))
-            os.replace(hidden, self.setup.status)
+            write_status(self.setup.status, status)
         except OSError as error:
             log.warning("cannot write %s: %s", self.setup.status, error.strerror)
             self.setup.status = None

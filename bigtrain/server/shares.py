@@ -47,7 +47,8 @@ class Shares:
     def is_free(self, share: Share) -> bool:
         """Tell whether nobody has read this, or reads it now."""
         known = 0 <= share.number < self.number
-        return share in self.returned or (known and self.next[share.number] <= share.cursor)
+        ahead = share.cursor - self.next[share.number] if known else -1
+        return share in self.returned or (ahead >= 0 and ahead % self.batch == 0)
 
     def adopt(self, worker: int, clock: int, share: Share) -> None:
         """Note that `worker` reads this, as it was told by somebody who is gone."""
@@ -58,8 +59,10 @@ class Shares:
     def _remove(self, share: Share) -> None:
         if share in self.returned:
             self.returned.remove(share)
-        else:
-            self.next[share.number] = share.cursor + self.batch
+            return
+        for cursor in range(self.next[share.number], share.cursor, self.batch):
+            self.returned.append(Share(cursor, share.number))  # of others, who are gone or come
+        self.next[share.number] = share.cursor + self.batch
 
     def used(self, worker: int, clock: int) -> None:
         """Note that what `worker` has read for a round counts."""
@@ -87,7 +90,7 @@ class Shares:
     def to_message(self) -> dict[str, Any]:
         """Return all of it as what JSON can carry."""
         return {
-            "next": self.next,
+            "next": list(self.next),
             "returned": [[s.cursor, s.number] for s in self.returned],
             "out": [[*key, s.cursor, s.number] for key, s in self.out.items()],
             "num_returned": self.num_returned,

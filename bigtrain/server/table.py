@@ -21,9 +21,11 @@ from bigtrain.comm.buckets import Bucket, Segment, Sharing, Slot
 from bigtrain.comm.mesh import Axis
 from bigtrain.ops.grad_norm import grad_norm
 from bigtrain.ops.op import Kernels
+from bigtrain.server.coding import Coding, Exact
 from bigtrain.server.protocol import Malformed, number
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MOST_STEPS = 4  # versions that a worker may be behind and still get what it lacks
 _RANK_KEYS = 1 << 16  # buckets of a rank, at most
 
 
@@ -122,6 +124,8 @@ class _Held:
     spec: BlockSpec
     bucket: Bucket
     squares: float = 0.0  # of the sum of gradients of the last round
+    replica: torch.Tensor | None = None  # what workers have, where updates go as what it lacks
+    steps: list[tuple[int, torch.Tensor]] = field(default_factory=list)  # version -> how it moved
     num_sending: int = 0  # times that its parameters are on their way out
     moments: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -129,12 +133,22 @@ class _Held:
 class Table:
     """The blocks of one server.
 
+    push, pull: what gradients look like that come, and updates that go. If something is lost of
+    these, all workers have the same replica of main parameters, which follows them.
+
     What computes (`add_up`, `apply`) runs on another thread than what takes and gives tensors; the
     server sees to it that they do not meet at the same block.
     """
 
-    def __init__(self, make_optimizer: MakeOptimizer, kernels: Kernels = "auto") -> None:
+    def __init__(
+        self,
+        make_optimizer: MakeOptimizer,
+        kernels: Kernels = "auto",
+        push: Coding | None = None,
+        pull: Coding | None = None,
+    ) -> None:
         self._make, self._kernels = make_optimizer, kernels
+        self._push, self._pull = push or Exact(), pull or Exact()
         self._held: dict[int, _Held] = {}
         self._gradients: dict[Source, dict[int, torch.Tensor]] = {}
         self._spare: dict[int, list[torch.Tensor]] = {}  # numel -> memory to use again
@@ -151,12 +165,18 @@ class Table:
         for spec in specs:
             if spec.key not in self._held:
                 assert self.optimizer is None, "a block that comes too late"
-                self._held[spec.key] = _Held(spec, _bucket(spec))
+                self._held[spec.key] = self._hold(spec)
             elif self._held[spec.key].spec != spec:
                 raise Malformed(
                     f"block {spec.key} is another than other workers have: their model, layout or "
                     "config differs"
                 )
+
+    def _hold(self, spec: BlockSpec) -> _Held:
+        held = _Held(spec, _bucket(spec, low=self._pull.exact))
+        if not self._pull.exact:
+            held.replica = torch.zeros(spec.numel, dtype=DTYPES[spec.dtype])
+        return held
 
     def knows(self, keys: Collection[int]) -> bool:
         return all(key in self._held for key in keys)
@@ -218,8 +238,9 @@ class Table:
             raise Malformed(f"a gradient of block {key}, which nobody has declared")
         mine = self._gradients.setdefault(source, {})
         if key not in mine:
-            spare = self._spare.get(held.spec.numel)
-            mine[key] = spare.pop() if spare else torch.empty(held.spec.numel)
+            size = self._push.num_bytes(held.spec.numel)
+            spare = self._spare.get(size)
+            mine[key] = spare.pop() if spare else torch.empty(size, dtype=torch.uint8)
         return bytes_of(mine[key])
 
     def send(
@@ -240,22 +261,38 @@ class Table:
 
         return bytes_of(tensor), sent
 
-    def _tensor(self, key: int, part: int, *, main: bool) -> torch.Tensor:
-        """Return parameters (part 0: in the workers' dtype, or if `main` in fp32), a moment (1, 2,
-        ...), or main parameters (the part after the moments)."""
+    def steps_since(self, key: int, version: int, now: int) -> memoryview | None:
+        """Return how a block's replica has moved from `version` to `now`, message after message;
+        None where that is not known (any more), or not less than the whole."""
         held = self._held.get(key)
-        if held is None or self.optimizer is None or part > len(held.moments) + 1:
+        steps = [message for v, message in held.steps if version < v <= now] if held else []
+        if held is None or held.replica is None or not steps or len(steps) != now - version:
+            return None
+        return bytes_of(torch.cat(steps))
+
+    def _tensor(self, key: int, part: int, *, main: bool) -> torch.Tensor:
+        """Return parameters (part 0: what workers compute with, or if `main` in fp32), a moment (1,
+        2, ...), main parameters (the part after the moments), or the replica (the part after)."""
+        held = self._held.get(key)
+        if held is None or self.optimizer is None or part > len(held.moments) + 2:
             raise Malformed(f"part {part} of block {key}, which there is not")
         if 1 <= part <= len(held.moments):
             return held.moments[self.moments[part - 1]]
-        low = held.bucket.low_params
-        return held.bucket.main_params if main or part or low is None else low
+        exact, low = held.bucket.main_params, held.bucket.low_params
+        if part == len(held.moments) + 2:
+            return exact if held.replica is None else held.replica
+        if main or part:
+            return exact
+        if held.replica is not None:
+            return held.replica
+        return exact if low is None else low
 
     def detach_sent(self) -> None:
         """Let what is on its way out be as it was when it left; updates go to new memory."""
         for held in self._held.values():
             if held.num_sending:
                 bucket = held.bucket
+                held.replica = None if held.replica is None else held.replica.clone()
                 if bucket.low_params is not None:
                     bucket.low_params = bucket.low_params.clone()
                 bucket.main_params = bucket.main_params.clone()
@@ -263,11 +300,14 @@ class Table:
 
     # -- what computes -------------------------------------------------------------------------
 
-    def rounded(self) -> None:
-        """Let low-precision parameters be what main parameters have become by being filled."""
+    def rounded(self, *, fresh: bool) -> None:
+        """Let low-precision parameters be what main parameters have become by being filled, and
+        replicas too, if these are `fresh`."""
         for held in self._held.values():
-            if held.bucket.low_params is not None:
-                held.bucket.low_params.copy_(held.bucket.main_params)
+            for low in (held.bucket.low_params, held.replica if fresh else None):
+                if low is not None:
+                    low.copy_(held.bucket.main_params)
+            held.steps.clear()
 
     def add_up(self, sources: Sequence[Source]) -> list[tuple[Source, int]]:
         """Let each block's gradient be the sum of those of `sources`, in that order.
@@ -284,10 +324,8 @@ class Table:
             return missing
         by_sort: dict[int, list[tuple[_Held, Segment]]] = {}
         for key, held in self._held.items():
-            first, *others = (self._gradients[source][key] for source in sources)
-            total = held.bucket.main_grads.copy_(first)
-            for other in others:
-                total += other
+            messages = [self._gradients[source][key] for source in sources]
+            self._push.add_up(messages, held.bucket.main_grads)
             held.squares = 0.0
             for segment in held.bucket.segments():
                 by_sort.setdefault(segment.num_replicas, []).append((held, segment))
@@ -302,11 +340,23 @@ class Table:
         return sum(self._held[key].squares for key in sorted(answers_for))
 
     @torch.no_grad()
-    def apply(self, rate: float, divisor: float, done: Callable[[int], None]) -> None:
-        """Update all blocks by their gradients divided by `divisor`; `done(key)` after each."""
+    def apply(self, version: int, rate: float, divisor: float, done: Callable[[int], None]) -> None:
+        """Make `version` of all blocks: update them by their gradients divided by `divisor`.
+
+        `done(key)` is called after each.
+        """
         assert self.optimizer is not None
+
+        def follow(bucket: Bucket) -> None:
+            held = self._held[bucket.index]
+            if held.replica is not None:
+                message = torch.zeros(self._pull.num_bytes(held.spec.numel), dtype=torch.uint8)
+                self._pull.follow(bucket.main_params, held.replica, message)
+                held.steps = [*held.steps[1 - _MOST_STEPS :], (version, message)]
+            done(bucket.index)
+
         by = None if divisor == 1.0 else torch.tensor(divisor, dtype=torch.float32)
-        self.optimizer.step(rate, by, lambda bucket: done(bucket.index))
+        self.optimizer.step(rate, by, follow)
 
     def forget(self, is_over: Callable[[Source], bool]) -> None:
         """Drop gradients that no update will want."""
@@ -328,7 +378,7 @@ class Table:
         return found.hexdigest()
 
 
-def _bucket(spec: BlockSpec) -> Bucket:
+def _bucket(spec: BlockSpec, *, low: bool) -> Bucket:
     main = torch.zeros(spec.numel)
     slots = [
         Slot(
@@ -341,7 +391,9 @@ def _bucket(spec: BlockSpec) -> Bucket:
         )
         for s in spec.stretches
     ]
-    low = None if spec.dtype == "float32" else torch.zeros(spec.numel, dtype=DTYPES[spec.dtype])
+    rounded = None
+    if low and spec.dtype != "float32":
+        rounded = torch.zeros(spec.numel, dtype=DTYPES[spec.dtype])
     return Bucket(
         index=spec.key,
         sharing=Sharing.none(Axis.of(None)),
@@ -350,7 +402,7 @@ def _bucket(spec: BlockSpec) -> Bucket:
         params=main,
         shard=main,
         main_params=main,
-        low_params=low,
+        low_params=rounded,
         main_grads=torch.zeros(spec.numel),
         grads=None,
         new_state=torch.zeros,

@@ -1,9 +1,10 @@
-"""A worker's gradients go to servers, whatever the ranks of the worker do among themselves."""
+"""What a rank of a worker sends to servers and gets back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +13,87 @@ from bigtrain.comm.buckets import Bucket
 from bigtrain.comm.sync import GradientSync, Passage
 from bigtrain.comm.wire import Ledger
 from bigtrain.server.client import Client
+from bigtrain.server.coding import Coding
 from bigtrain.server.placement import place
 from bigtrain.server.table import BlockSpec, Stretch, bytes_of, key_of
+
+
+class Blocks:
+    """The blocks that a rank of a worker owns in its worker, on their way to servers and back.
+
+    Sends and receives by `client`, as number `rank` of the worker. push, pull: what gradients, and
+    updates, look like on the way.
+    """
+
+    def __init__(
+        self, buckets: Sequence[Bucket], client: Client, rank: int, push: Coding, pull: Coding
+    ) -> None:
+        self.buckets = [bucket for bucket in buckets if bucket.trained]
+        self.client, self._rank, self._push, self._pull = client, rank, push, pull
+        self._kept: dict[int, Any] = {}
+        self._messages: dict[int, torch.Tensor] = {}
+        self._versions: dict[int, int] = {}  # of each block that is here
+
+    @property
+    def exact(self) -> bool:
+        """Do parameters come back whole?"""
+        return self._pull.exact
+
+    def key(self, bucket: Bucket) -> int:
+        return key_of(self._rank, bucket.index)
+
+    def specs(self, servers: int, replicas: int, dtype: torch.dtype) -> list[BlockSpec]:
+        """Return what servers must know of the blocks, and which of them hold each.
+
+        dtype: of the parameters that come back.
+        """
+        sizes = [bucket.main_grads.numel() for bucket in self.buckets]
+        names = [f"{self._rank}/{bucket.index}" for bucket in self.buckets]
+        where = place(names, sizes, servers, replicas)
+        found = []
+        for bucket, size, holders in zip(self.buckets, sizes, where, strict=True):
+            begin = bucket.owned[0]
+            stretches = tuple(
+                Stretch(s.kind, s.num_replicas, s.start - begin, s.stop - begin)
+                for s in sorted(bucket.segments(), key=lambda s: s.start)
+            )
+            name = str(dtype).removeprefix("torch.")
+            found.append(BlockSpec(self.key(bucket), size, name, holders, stretches))
+        return found
+
+    def push(self, clock: int, bucket: Bucket, values: torch.Tensor) -> None:
+        """Send `values` [n, fp32, on the CPU] of a block for round `clock`; they must stay as they
+        are until the next turn. What is lost of them goes with the next."""
+        if self._push.exact:
+            self.client.push(clock, self.key(bucket), bytes_of(values))
+            return
+        if bucket.index not in self._messages:
+            size = self._push.num_bytes(values.numel())
+            self._messages[bucket.index] = torch.zeros(size, dtype=torch.uint8)
+            self._kept[bucket.index] = self._push.keep(values.numel())
+        message = self._messages[bucket.index]
+        self._push.pack(values, self._kept[bucket.index], message)
+        self.client.push(clock, self.key(bucket), bytes_of(message))
+
+    def pull(self, version: int, into: Callable[[Bucket], torch.Tensor]) -> None:
+        """Ask for all blocks, of `version` or later, in the order of the next forward.
+
+        into(bucket): where each goes; it must be as the last pull has left it.
+        """
+        order = list(reversed(self.buckets))
+        wanted = [(self.key(b), 0, version, bytes_of(into(b))) for b in order]
+        have = {self.key(b): v for b in order if (v := self._versions.get(b.index)) is not None}
+        self.client.pull(wanted, None if self._pull.exact else have)
+
+    def wait(self, bucket: Bucket, into: torch.Tensor) -> int:
+        """Return the version of a block that was asked for, once it is in its place."""
+        version, steps = self.client.wait_pulled(self.key(bucket))
+        if steps is not None:
+            size = self._pull.num_bytes(into.numel())
+            for message in torch.frombuffer(steps, dtype=torch.uint8).split(size):
+                self._pull.move(into, message)
+        self._versions[bucket.index] = version
+        return version
 
 
 class Pushing:
@@ -21,45 +101,23 @@ class Pushing:
 
     Around `inner`, the strategy among the ranks of one worker: each rank pushes the block of a
     bucket that it would update, as soon as it has the worker's sum of it, and pulls it back.
-    reduce: what `inner` does, and then 4 bytes of each owned element to each server that holds it;
-    a rank that shares with no other pushes a bucket while backward still runs. publish: the bytes
-    of the parameters from one server, first what the next forward uses first, and what `inner`
-    does.
+    reduce: what `inner` does, and then each owned element to each server that holds it; a rank that
+    shares with no other pushes a bucket while backward still runs. publish: the parameters from
+    one server, first what the next forward uses first, and what `inner` does.
     """
 
     def __init__(self, inner: GradientSync) -> None:
         self.inner, self.axis = inner, inner.axis
         self.buckets: list[Bucket] = []
-        self._client: Client | None = None
-        self._rank = 0
+        self._blocks: Blocks | None = None
         self._clock = 0  # the round that gradients are for
         self._pushed: set[int] = set()
         self._pulling: set[int] = set()
         self.version = 0  # of the parameters that are here, the oldest
 
-    def connect(self, client: Client, rank: int) -> None:
-        """Send and receive by `client` from now on, as this rank of the worker."""
-        self._client, self._rank = client, rank
-
-    def specs(self, servers: int, replicas: int) -> list[BlockSpec]:
-        """Return the blocks of this rank, and which servers hold them."""
-        sizes = [bucket.main_grads.numel() for bucket in self.buckets]
-        names = [f"{self._rank}/{bucket.index}" for bucket in self.buckets]
-        found = []
-        for bucket, size, where in zip(
-            self.buckets, sizes, place(names, sizes, servers, replicas), strict=True
-        ):
-            begin = bucket.owned[0]
-            stretches = tuple(
-                Stretch(s.kind, s.num_replicas, s.start - begin, s.stop - begin)
-                for s in sorted(bucket.segments(), key=lambda s: s.start)
-            )
-            dtype = str(self.pulled_into(bucket).dtype).removeprefix("torch.")
-            found.append(BlockSpec(self.key(bucket), size, dtype, where, stretches))
-        return found
-
-    def key(self, bucket: Bucket) -> int:
-        return key_of(self._rank, bucket.index)
+    def connect(self, blocks: Blocks) -> None:
+        """Send and receive by `blocks` from now on."""
+        self._blocks = blocks
 
     @staticmethod
     def pulled_into(bucket: Bucket) -> torch.Tensor:
@@ -73,10 +131,9 @@ class Pushing:
 
     def pull(self, version: int) -> None:
         """Ask for all parameters, of `version` or later; `publish` waits for them."""
-        assert self._client is not None
-        order = list(reversed(self.buckets))  # that of the next forward
-        self._pulling = {bucket.index for bucket in order}
-        self._client.pull([(self.key(b), 0, version, bytes_of(self.pulled_into(b))) for b in order])
+        assert self._blocks is not None
+        self._pulling = {bucket.index for bucket in self.buckets}
+        self._blocks.pull(version, self.pulled_into)
 
     # -- as a strategy -------------------------------------------------------------------------
 
@@ -99,14 +156,14 @@ class Pushing:
             self._push(bucket)
 
     def _push(self, bucket: Bucket) -> None:
-        if self._client is not None and self._clock and bucket.index not in self._pushed:
+        if self._blocks is not None and self._clock and bucket.index not in self._pushed:
             self._pushed.add(bucket.index)
-            self._client.push(self._clock, self.key(bucket), bytes_of(bucket.main_grads))
+            self._blocks.push(self._clock, bucket, bucket.main_grads)
 
     def publish(self, bucket: Bucket) -> None:
         if bucket.index in self._pulling:
-            assert self._client is not None
-            came = self._client.wait_pulled(self.key(bucket))
+            assert self._blocks is not None
+            came = self._blocks.wait(bucket, self.pulled_into(bucket))
             first = len(self._pulling) == len(self.buckets)
             self.version = came if first else min(came, self.version)
             self._pulling.discard(bucket.index)

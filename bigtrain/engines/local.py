@@ -1,0 +1,220 @@
+"""A worker that takes steps of its own, and meets the others at the servers from time to time.
+
+After `local_steps` steps of any optimizer, a worker pushes how far it came since the last meeting;
+servers move by the mean of that, with a momentum of their own, and all go on from there. Sources:
+local SGD (https://arxiv.org/abs/1805.09767), DiLoCo (https://arxiv.org/abs/2311.08105).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Set
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigtrain.comm.block import NamedBlock
+from bigtrain.comm.buckets import Bucket
+from bigtrain.comm.gradient import GradientPath
+from bigtrain.comm.mesh import Mesh
+from bigtrain.config.schema import Config
+from bigtrain.engines.native import OUTER, NativeState
+from bigtrain.engines.seam import Place
+from bigtrain.engines.seat import Seat
+from bigtrain.engines.served import bring, flats_of, make_blocks
+from bigtrain.optim.optimizer import Optimizer
+from bigtrain.server.environment import Environment
+from bigtrain.server.table import bytes_of
+from bigtrain.server.worker import Blocks
+
+
+class Meetings:
+    """Takes a worker's parameters to servers and back.
+
+    `anchors` are the parameters of the last meeting, in fp32 on the CPU: 4 bytes for each element
+    that this rank owns.
+    """
+
+    def __init__(self, path: GradientPath, seat: Seat) -> None:
+        self.path, self.seat = path, seat
+        self.blocks: Blocks = make_blocks(path, seat)
+        self.buckets = self.blocks.buckets
+        self.anchors = {b.index: b.main_params.detach().cpu().clone() for b in self.buckets}
+        self._ways = {b.index: torch.empty_like(self.anchors[b.index]) for b in self.buckets}
+        self.version = 0
+
+    def anchor(self, bucket: Bucket) -> torch.Tensor:
+        return self.anchors[bucket.index]
+
+    def remember(self) -> None:
+        """Let anchors be what parameters are."""
+        self.path.settle()
+        for bucket in self.buckets:
+            self.anchor(bucket).copy_(bucket.main_params)
+
+    def go(self) -> None:
+        """Push how far this worker came."""
+        self.path.settle()
+        for bucket in self.buckets:
+            way = self._ways[bucket.index]
+            torch.sub(self.anchor(bucket), bucket.main_params.cpu(), out=way)
+            self.blocks.push(self.seat.turn["clock"], bucket, way)
+
+    def come_back(self) -> None:
+        """Take up the servers' parameters, on all ranks of the worker."""
+        self.blocks.pull(self.seat.turn["version"], self.anchor)
+        came = []
+        for bucket in reversed(self.buckets):
+            came.append(self.blocks.wait(bucket, self.anchor(bucket)))
+            bucket.main_params.copy_(self.anchor(bucket))
+            bucket.rounded = False
+        self.version = min(came)
+        self.path.publish()
+
+
+class LocalClock:
+    """The clock of such a worker: a round is `local_steps` steps."""
+
+    def __init__(self, seat: Seat, meetings: Meetings, batch: int) -> None:
+        self.seat, self.meetings, self.batch = seat, meetings, batch
+        self.each = seat.server.local_steps
+        self.has_begun = not seat.fills
+        self.fill: Callable[[dict[str, Any]], None] = lambda about: None
+        self.step = self.cursor = 0
+        self._taken = 0  # steps since the last meeting
+        self._totals: torch.Tensor | None = None
+
+    @property
+    def place(self) -> Place:
+        return self.seat.place(self._taken * self.batch)
+
+    @property
+    def fellows(self) -> int:
+        """Workers that take such steps: totals are of this one alone."""
+        return max(1, len(self.seat.workers))
+
+    @property
+    def speaks(self) -> bool:
+        return self.seat.leads and (self.seat.is_new or self._taken > 0)
+
+    def go_to(self, step: int, cursor: int) -> None:
+        self.step, self.cursor = step, cursor
+
+    def begin(self, items_per_sample: int) -> None:
+        if not self.has_begun:
+            rounds = self.step // self.each
+            self.fill({"step": rounds, "cursor": self.cursor, "num_updates": rounds})
+        self.seat.begin()
+        self._meet()
+
+    def agree(self, totals: torch.Tensor) -> torch.Tensor:
+        self._totals = totals.clone() if self._totals is None else self._totals + totals
+        return totals
+
+    def advance(self, batch: int, votes: list[float]) -> list[float]:
+        self._taken += 1
+        self.step += 1
+        if self._taken < self.each:
+            return [0.0] * len(votes)
+        assert self._totals is not None
+        self.meetings.go()
+        self.seat.report(self.meetings.version, self._totals)
+        together = self.seat.totals(self._totals)
+        self._meet()
+        return together.tolist()[2:]
+
+    def _meet(self) -> None:
+        self.meetings.come_back()
+        turn = self.seat.turn
+        self.step, self.cursor = turn["version"] * self.each, turn["cursor"]
+        self._taken, self._totals = 0, None
+
+    def evaluation(self) -> Place | None:
+        return self.seat.evaluation() if self._taken == 0 else None
+
+    def add_up(self, totals: torch.Tensor, what: str) -> torch.Tensor:
+        return self.seat.add_up(totals, what)
+
+    def leave(self) -> None:
+        self.seat.client.leave()
+
+
+class LocalState:
+    """What a checkpoint holds: the worker's own state, and the servers' momentum."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: GradientPath,
+        optimizer: Optimizer,
+        mesh: Mesh,
+        config: Config,
+        env: Environment,
+    ) -> None:
+        self.path = path
+        self._own = NativeState(model, path, optimizer, mesh.dp)
+        self.seat = Seat(mesh, config, env)
+        self.meetings = Meetings(path, self.seat)
+        blocks = self.meetings.blocks
+        specs = blocks.specs(self.seat.num_servers, config.server.replicas, torch.float32)
+        self.seat.start(specs)
+        self.clock = LocalClock(self.seat, self.meetings, config.train.global_batch)
+        self.clock.fill = self._fill
+        self._flats: dict[tuple[int, str], torch.Tensor] = {}
+        if self.seat.fills:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        self._flats = flats_of(self.meetings.buckets, self.seat.moments)
+
+    def _fill(self, about: dict[str, Any]) -> None:
+        """Give servers the parameters to begin with, and of a run that goes on their momentum."""
+        self.meetings.remember()
+        values = {}
+        for bucket in self.meetings.buckets:
+            key = self.meetings.blocks.key(bucket)
+            values[key, 0] = bytes_of(self.meetings.anchor(bucket))
+            for part, name in enumerate(self.seat.moments):
+                values[key, 1 + part] = bytes_of(self._flats[bucket.index, name])
+        self.seat.client.fill(values, {**about, "items_per_sample": 1})
+        self.saved()
+
+    def blocks(self) -> Iterator[NamedBlock]:
+        return self._own.blocks()
+
+    def consolidate(self) -> None:
+        self._make_room()
+        rooms = [
+            (self.meetings.blocks.key(bucket), 1 + part, self._flats[bucket.index, name])
+            for bucket in self.meetings.buckets
+            for part, name in enumerate(self.seat.moments)
+        ]
+        bring(self.seat, rooms)
+        self._own.consolidate()
+
+    def saved(self) -> None:
+        self._flats = {}
+
+    @property
+    def progress(self) -> dict[str, Any] | None:
+        return self._own.progress
+
+    @progress.setter
+    def progress(self, saved: dict[str, Any] | None) -> None:
+        self._own.progress = saved
+
+    def errors(self) -> Iterator[NamedBlock]:
+        yield from self._own.errors()
+        yield from self._outer()
+
+    def _outer(self) -> Iterator[NamedBlock]:
+        for name in self.seat.moments if self._flats else ():
+            flats = [s.of(self._flats[s.bucket.index, name]) for s in self.path.segments()]
+            yield from self.path.blocks(f"{OUTER}{name}.", flats)
+
+    def replicas(self) -> Iterator[NamedBlock]:
+        return self._own.replicas()
+
+    def take_up(self, load: Callable[[Iterable[NamedBlock]], None], saved: Set[str]) -> None:
+        self._own.take_up(load, saved)
+        load([block for block in self._outer() if block.name in saved])

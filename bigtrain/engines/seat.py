@@ -1,0 +1,110 @@
+"""A worker's place among those that train together: what the board tells it, all its ranks know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bigtrain.comm.collectives import all_gather_object
+from bigtrain.comm.mesh import Mesh
+from bigtrain.config.schema import Config
+from bigtrain.engines.seam import Place
+from bigtrain.server.chaos import Chaos
+from bigtrain.server.client import Client
+from bigtrain.server.environment import Environment
+from bigtrain.server.protocol import Who
+from bigtrain.server.table import BlockSpec
+
+
+class Seat:
+    """Speaks with servers for the ranks of one worker: rank 0 with the board, each with its own.
+
+    turn: what to do next. outcome: of the last round that is known; `is_new`: since the last turn.
+
+    Raises:
+        CommError: no server that holds a block is left, or one refuses this worker.
+    """
+
+    def __init__(self, mesh: Mesh, config: Config, env: Environment) -> None:
+        assert env.worker is not None
+        self.mesh, self.worker, self.server = mesh, env.worker, config.server
+        self.client = Client(
+            Who("worker", env.worker, env.incarnation, mesh.rank, mesh.world.degree),
+            env.addresses,
+            env.token,
+            lease_seconds=config.server.lease_seconds,
+            patience_seconds=max(config.parallel.timeout_seconds, config.server.join_seconds),
+            chaos=Chaos(env.chaos, "worker", env.worker, env.incarnation),
+        )
+        self.num_servers = len(env.addresses)
+        self.turn: dict[str, Any] = {"clock": 0}
+        self.outcome: dict[str, Any] | None = None
+        self.is_new = False
+
+    def start(self, specs: Sequence[BlockSpec]) -> None:
+        """Declare this rank's blocks to servers."""
+        self.client.start(specs)
+        answers = list(self.client.wanted.values())
+        self.fills = any(answer["fill"] for answer in answers)
+        self.moments: list[str] = answers[0]["moments"]
+
+    def begin(self) -> None:
+        """Take part from now on, and take the first turn."""
+        if self.mesh.rank == 0:
+            self.client.ready()
+        self.take_turn()
+
+    def report(self, base: int, totals: torch.Tensor) -> None:
+        """Tell the board of this round's part, once servers have it; and take the next turn."""
+        clock, world = self.turn["clock"], self.mesh.world
+        servers = set(self.client.wait_pushed(clock))
+        for others in all_gather_object(servers, world, "servers that have what was pushed"):
+            servers &= others
+        if self.mesh.rank == 0:
+            self.client.report(clock, base, totals.tolist(), sorted(servers))
+        self.take_turn()
+
+    def take_turn(self) -> None:
+        known = self.outcome["number"] if self.outcome is not None else 0
+        turn = self.client.next_turn(self.turn["clock"]) if self.mesh.rank == 0 else None
+        self.turn = all_gather_object(turn, self.mesh.world, "the board's word")[0]
+        self.outcome = self.turn["outcome"]
+        self.is_new = self.outcome is not None and self.outcome["number"] > known
+
+    @property
+    def workers(self) -> list[int]:
+        """Workers whose part is in the last round."""
+        return [part[0] for part in self.outcome["parts"]] if self.outcome is not None else []
+
+    @property
+    def leads(self) -> bool:
+        """Is this the first of them?"""
+        return (self.workers or [0])[0] == self.worker
+
+    def totals(self, like: torch.Tensor) -> torch.Tensor:
+        """Return what the last round's workers have reported, summed."""
+        assert self.outcome is not None
+        return torch.tensor(self.outcome["totals"], dtype=like.dtype, device=like.device)
+
+    def place(self, ahead: int = 0) -> Place:
+        """Return what this rank reads, `ahead` samples after what the turn says."""
+        cursor, number = self.turn["share"]
+        dp = self.mesh.dp
+        return Place(cursor + ahead, number * dp.degree + dp.rank, self.turn["workers"] * dp.degree)
+
+    def evaluation(self) -> Place | None:
+        """Return this rank's place in an evaluation after the last round; None: in none."""
+        if not self.is_new or self.worker not in self.workers:
+            return None
+        dp, number = self.mesh.dp, self.workers.index(self.worker)
+        return Place(0, number * dp.degree + dp.rank, len(self.workers) * dp.degree)
+
+    def add_up(self, totals: torch.Tensor, what: str) -> torch.Tensor:
+        """Return the sum over the workers of the last round."""
+        name, values = f"{what} after round {self.turn['version']}", None
+        if self.mesh.rank == 0:
+            values = self.client.add_up(name, self.workers, totals.tolist())
+        values = all_gather_object(values, self.mesh.world, what)[0]
+        return torch.tensor(values, dtype=totals.dtype, device=totals.device)
