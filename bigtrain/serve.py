@@ -119,8 +119,8 @@ def serve(config_path: str, overrides: Sequence[str], stop: StopRequest) -> None
     )
     if config.server.mode == "ssp" and config.optimizer.kind == "adamw" and env.server == 0:
         log.warning(
-            "AdamW with gradients of older parameters learns less well (server.mode = ssp, up to %d "
-            "rounds old); lion bears it better, server.staleness=0 has none",
+            "AdamW learns less well with gradients of older parameters (server.mode = ssp, up to "
+            "%d rounds old); lion bears it better, server.staleness=0 has none",
             config.server.staleness,
         )
     server = Server(setup, make, RunPolicy(config), push, pull)

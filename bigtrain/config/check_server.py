@@ -121,8 +121,8 @@ def _async(config: Config) -> Iterator[Problem]:
     if config.server.mode == "async" and config.optimizer.kind == "adamw":
         yield Problem(
             "optimizer.kind = adamw with server.mode = async",
-            why="AdamW's steps do not shrink with the gradient, so that gradients of old parameters "
-            "spoil the new ones",
+            why="AdamW's steps do not shrink with the gradient, so that gradients of old "
+            "parameters spoil the new ones",
             mend="set optimizer.kind to lion or sgd, or server.mode to local, sync or ssp",
             keys=("optimizer.kind", "server.mode"),
         )

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from bigtrain.server.protocol import Kind, number, numbers
+from bigtrain.server.protocol import Kind, Malformed, number, numbers, section, whole_numbers
 from bigtrain.server.rounds import Closed, Report, Rounds, Turn
 from bigtrain.server.shares import Share
 
@@ -51,6 +51,9 @@ class Voice(Protocol):
     def tell(self, worker: int, kind: Kind, content: dict[str, Any]) -> None:
         """Send to a worker, if there is a link."""
 
+    def refuse(self, worker: int, why: str) -> None:
+        """Do without a worker."""
+
     def order(self, kind: Kind, content: dict[str, Any]) -> None:
         """Send to all servers that live, this one too."""
 
@@ -70,6 +73,10 @@ class Voice(Protocol):
     @property
     def seniority(self) -> list[int]:
         """Servers that live, in the order in which they are to keep the board."""
+
+    @property
+    def may_decide(self) -> bool:
+        """Is it sure that there is no other board?"""
 
     @property
     def num_servers(self) -> int:
@@ -113,6 +120,7 @@ class Board:
         self._expected_until = 0.0
         self._states: dict[int, dict[str, Any]] = {}
         self._asked: set[int] = set()
+        self._num_totals = 0
         self._sums: dict[str, _Sum] = {}
         self._waiting: int | None = None  # a guest, which is let in between two rounds
         self._guest: int | None = None  # one that is being given what it is to hold
@@ -179,10 +187,10 @@ class Board:
         self, worker: int, incarnation: int, content: Mapping[str, Any], now: float
     ) -> None:
         """A worker can begin; or it tells a new board which round it is at work on."""
+        turn = section(content, "turn")
         self._expected.discard(worker)
-        turn = content.get("turn")
         if turn is not None:
-            clock, share = number(turn, "clock"), Share(*map(int, numbers(turn, "share", 2)))
+            clock, share = number(turn, "clock"), Share(*whole_numbers(turn, "share", 2))
             member = self.rounds.members.get(worker)
             if member is not None and (member.clock, member.incarnation) == (clock, incarnation):
                 return  # its link was cut for so short a time that nobody has noticed
@@ -201,8 +209,11 @@ class Board:
             number(content, "clock"),
             number(content, "base"),
             tuple(numbers(content, "totals")),
-            frozenset(map(int, numbers(content, "servers"))),
+            frozenset(whole_numbers(content, "servers")),
         )
+        self._num_totals = self._num_totals or len(report.totals)
+        if len(report.totals) != self._num_totals:
+            raise Malformed(f"{len(report.totals)} totals, where others have {self._num_totals}")
         member, told = self.rounds.members.get(worker), self._turns.get(worker)
         if member is None:
             return
@@ -248,6 +259,9 @@ class Board:
             return
         if content["alive"] != sorted(self.voice.alive):
             return  # to an order that holds no more
+        if content["missing"]:
+            self._reopen(closed, content["missing"], now)
+            return
         self._answers[server] = float(content["squares"])
         if self._answers.keys() >= self.voice.alive:
             total = sum(self._answers[s] for s in sorted(self.voice.alive))
@@ -264,6 +278,14 @@ class Board:
                 }
             )
 
+    def _reopen(self, closed: Closed, liars: Sequence[int], now: float) -> None:
+        """Some of the round's workers have reported what servers do not have: without these."""
+        self._closed, self._answers = None, {}
+        self.rounds.reopen(closed)
+        for worker in liars:
+            self.voice.refuse(worker, "it has reported a gradient that it did not push")
+        self.go_on(now)
+
     def on_applied(self, server: int, done: int, now: float) -> None:
         """A server has updated."""
         if self._closed is not None and done == self._closed.number:
@@ -273,8 +295,12 @@ class Board:
     def on_offer(self, worker: int, content: Mapping[str, Any]) -> None:
         """A worker has numbers to be added up with those of the other workers of the last round."""
         name = str(content.get("name"))
-        workers = tuple(map(int, numbers(content, "workers")))
-        self._sums.setdefault(name, _Sum(workers)).offers[worker] = numbers(content, "values")
+        workers, values = tuple(whole_numbers(content, "workers")), numbers(content, "values")
+        known = self._sums.get(name)
+        for others in known.offers.values() if known is not None else ():
+            if len(others) != len(values):
+                raise Malformed(f"{len(values)} values, where others have {len(others)}")
+        self._sums.setdefault(name, _Sum(workers)).offers[worker] = values
         self._check_sums()
 
     def _check_sums(self) -> None:
@@ -318,7 +344,8 @@ class Board:
     def go_on(self, now: float) -> None:
         """Do what can be done: give turns, close a round. Called whenever something has happened,
         and from time to time."""
-        if not self.is_open or self._closed is not None or self._guest is not None:
+        busy = self._closed is not None or self._guest is not None
+        if not self.is_open or busy or not self.voice.may_decide:
             return
         if self._expected:
             if now < self._expected_until:

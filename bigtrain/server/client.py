@@ -301,15 +301,17 @@ class Client:
 
     def opened(self, link: Link, greeting: dict[str, Any]) -> None:
         server, identity = link.target, str(greeting.get("identity"))
-        known = self._identities.setdefault(server, identity)
-        if known != identity:
-            self._dead.add(server)
-        if server in self._dead:
+        alive = greeting.get("alive") or []  # none: it is not part of the run itself (yet)
+        if server in self._dead or (not alive and server in self._identities):
             link.close("it was given up, or started again, and does not hold what it should")
             return
-        if self._turn is None:  # later, the board says who is gone
-            self._order = [int(s) for s in greeting.get("alive", [])]
-            self._dead |= set(range(len(self.addresses))) - set(self._order)
+        if self._identities.get(server, identity) != identity:  # it was let in meanwhile
+            for servers in self._have.values():
+                servers.discard(server)
+        self._identities[server] = identity
+        if self._turn is None and alive:  # later, the board says who is gone
+            self._order = [int(s) for s in alive]
+            self._give_up(set(range(len(self.addresses))) - set(self._order))
         self._links[server] = link
         self._nobody.discard(server)
         link.say(Kind.DECLARE, {"blocks": [spec.to_message() for spec in self._specs.values()]})
@@ -408,7 +410,11 @@ class Client:
         for server in set(turn["alive"]) & self._dead:  # it was started again, and was let in
             self._dead.discard(server)
             self._identities.pop(server, None)
-        for server in set(range(len(self.addresses))) - set(turn["alive"]) - self._dead:
+        self._give_up(set(range(len(self.addresses))) - set(turn["alive"]))
+
+    def _give_up(self, servers: set[int]) -> None:
+        """Do without servers that the others do without."""
+        for server in servers - self._dead:
             self._dead.add(server)
             log.info("worker %d goes on without server %d", self.who.index, server)
             for link in [link for link in self._loop.links if link.target == server]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import selectors
 import socket
@@ -285,6 +286,7 @@ class Loop:
         self.handler, self.token, self.lease_seconds = handler, token, lease_seconds
         self.delay, self.delay_until = 0.0, 0.0  # seconds that each frame waits: a drill
         self.cut_until = 0.0  # nothing passes until then: a drill
+        self.due = math.inf  # when the handler's tick is wanted before it is time for it
         self.links: list[Link] = []
         self.error: BaseException | None = None
         self._selector = selectors.DefaultSelector()
@@ -395,7 +397,8 @@ class Loop:
             time.sleep(_TICK_SECONDS / 2)
         else:
             slow = self.delay and any(link.waits_to_write for link in self.links)
-            for key, events in self._selector.select(0.005 if slow else _TICK_SECONDS):
+            patience = min(0.005 if slow else _TICK_SECONDS, max(0.0, self.due - now))
+            for key, events in self._selector.select(patience):
                 self._on_event(key.data, events)
             if slow:
                 for link in list(self.links):
@@ -403,7 +406,8 @@ class Loop:
         while self._calls:
             self._calls.popleft()()
         now = time.monotonic()
-        if now - ticked >= _TICK_SECONDS:
+        if now - ticked >= _TICK_SECONDS or now >= self.due:
+            self.due = math.inf
             self._check(now)
             self.handler.tick(now)
             return now
@@ -428,6 +432,7 @@ class Loop:
 
     def _check(self, now: float) -> None:
         """Say that we are alive; give up who does not."""
+        ping = min(_PING_SECONDS, self.lease_seconds / 5)
         for link in list(self.links):
             if link.who is None:
                 if now - link.since > _GREET_SECONDS:
@@ -435,7 +440,7 @@ class Loop:
             elif now - link.heard > self.lease_seconds:
                 why = f"nothing was heard of it for {self.lease_seconds:g} s"
                 link.close(why, silent=True)
-            elif now - link.said > _PING_SECONDS and not link.waits_to_write:
+            elif now - link.said > ping and not link.waits_to_write:
                 link.say(Kind.PING)
 
     def _close(self) -> None:

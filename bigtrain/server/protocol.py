@@ -155,6 +155,30 @@ def number(content: Mapping[str, Any], name: str, most: int = 2**53) -> int:
     return value
 
 
+def whole_numbers(content: Mapping[str, Any], name: str, count: int | None = None) -> list[int]:
+    """Return a list of whole numbers, 0 or more, of a body.
+
+    Raises:
+        Malformed: there is none, or it has another length than `count`.
+    """
+    values = content.get(name)
+    if not isinstance(values, list) or (count is not None and len(values) != count):
+        raise Malformed(f"no {name} that make sense")
+    return [number({name: value}, name) for value in values]
+
+
+def section(content: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """Return an object of a body, None if there is nothing of that name.
+
+    Raises:
+        Malformed: it is something else.
+    """
+    value = content.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise Malformed(f"a {name} that is no object")
+    return value
+
+
 def numbers(content: Mapping[str, Any], name: str, count: int | None = None) -> list[float]:
     """Return a list of numbers of a body, which may be infinite or NaN.
 

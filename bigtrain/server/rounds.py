@@ -65,6 +65,7 @@ class Member:
     began: float = 0.0
     counted: int = 0  # the last of its rounds that is in an update, or was too late for one
     wants_turn: bool = True
+    late: bool = False  # was the last of its rounds too late?
     reports: dict[int, Report] = field(default_factory=dict)
 
 
@@ -132,12 +133,15 @@ class Rounds:
 
     def __init__(self, rules: Rules, shares: Shares, version: int = 0) -> None:
         self.rules, self.shares, self.version = rules, shares, version
+        self.passed = version  # the last clock that rounds are made of: see `_open`
         self.members: dict[int, Member] = {}
         self.began = False  # has the first round of this run begun?
         self.holder: int | None = None  # a worker that no round closes without
         self.most_stale = 0
+        self._last: dict[int, tuple[Report, Share]] = {}  # of the round that was closed last
         self._first_ready: float | None = None
         self._grace_until: float | None = None  # once the open round has its quorum
+        self._servers: frozenset[int] | None = None  # that lived when we last looked
 
     # -- what happens --------------------------------------------------------------------------
 
@@ -173,9 +177,9 @@ class Rounds:
         if report.clock != member.clock:
             return  # of a turn that it has not: its link was cut, and it was given up
         member.wants_turn = True
-        if self.rules.mode != "async" and report.clock <= self.version:
-            self.shares.give_back(worker, report.clock)  # too late
-            member.counted = report.clock
+        if self.rules.mode != "async" and report.clock <= self.passed:
+            self.shares.give_back(worker, report.clock)
+            member.counted, member.late = report.clock, True
         else:
             member.reports[report.clock] = report
 
@@ -191,26 +195,34 @@ class Rounds:
 
         A report counts once all of them have what it tells of.
         """
-        number = self.version + 1
+        self._servers = living = frozenset(servers)
+        number = clock = self.version + 1
         have = {
-            worker: member.reports
+            worker: {c: r for c, r in member.reports.items() if r.servers >= living}
             for worker, member in sorted(self.members.items())
-            if any(report.servers >= set(servers) for report in member.reports.values())
         }
         if self.rules.mode == "async":
             chosen = self._earliest(have)
         else:
-            chosen = {w: reports[number] for w, reports in have.items() if number in reports}
-            if not self._is_time(number, chosen, now):
+            clock = self._open()
+            chosen = {w: reports[clock] for w, reports in have.items() if clock in reports}
+            if not self._is_time(clock, chosen, now):
                 return None
         if not chosen:
             return None
+        self._last = {}
         for worker, report in chosen.items():
             member = self.members[worker]
+            share = self.shares.out.get((worker, report.clock))
+            if share is not None:
+                self._last[worker] = report, share
             del member.reports[report.clock]
             member.counted = report.clock
             self.shares.used(worker, report.clock)
-        self.version, self.holder, self._grace_until = number, None, None
+        self.version, self.passed = number, clock
+        self.holder, self._grace_until = None, None
+        if self.rules.mode != "async":
+            self._give_up_late()
         parts = tuple(
             Part(worker, self.members[worker].incarnation, r.clock, r.base)
             for worker, r in chosen.items()
@@ -220,28 +232,74 @@ class Rounds:
         self.most_stale = max(self.most_stale, stale)
         return Closed(number, parts, tuple(map(sum, columns)), parts[0].worker, stale)
 
+    def reopen(self, closed: Closed) -> None:
+        """Undo the last `close`: of what it was made of, some is not there."""
+        assert closed.number == self.version
+        self.version, self.passed = self.version - 1, self.passed - 1
+        for worker, (report, share) in self._last.items():
+            self.shares.out[worker, report.clock] = share
+            member = self.members.get(worker)
+            if member is None or member.clock < report.clock:  # it was started again
+                self.shares.give_back(worker, report.clock)
+            else:
+                member.reports[report.clock], member.counted = report, report.clock - 1
+
     def _earliest(self, have: Mapping[int, Mapping[int, Report]]) -> dict[int, Report]:
         """Return the report of who has waited longest."""
-        waiting = [(self.members[w].began, w, next(iter(r.values()))) for w, r in have.items()]
+        waiting = [
+            (self.members[w].began, w, next(iter(reports.values())))
+            for w, reports in have.items()
+            if reports
+        ]
         return {worker: report for _, worker, report in sorted(waiting, key=lambda w: w[:2])[:1]}
 
-    def _is_time(self, number: int, chosen: Collection[int], now: float) -> bool:
-        if not chosen or (self.holder is not None and self.holder not in chosen):
+    def _give_up_late(self) -> None:
+        """Give back what was reported of a round that is closed, and not all servers had."""
+        for worker, member in self.members.items():
+            for clock in [clock for clock in member.reports if clock <= self.passed]:
+                del member.reports[clock]
+                member.counted = max(member.counted, clock)
+                self.shares.give_back(worker, clock)
+
+    def _open(self) -> int:
+        """Return the clock of the reports that end the open round: its number.
+
+        Or a later one, if all who could report that are gone, and those that are left are further.
+        """
+        members = self.members.values()
+        clocks = [clock for m in members for clock in m.reports]
+        clocks += [m.clock for m in members if m.counted < m.clock]
+        return max(self.passed + 1, min(clocks or [m.clock + 1 for m in members], default=0))
+
+    def _is_time(self, clock: int, chosen: Collection[int], now: float) -> bool:
+        if not chosen or (self.holder is not None and self._is_held(clock, chosen)):
             return False
         busy = {w: m for w, m in self.members.items() if w not in chosen and m.counted < m.clock}
-        owing = [w for w, m in busy.items() if m.clock == number]
-        behind = [w for w, m in busy.items() if m.clock < number]
+        owing = [w for w, m in busy.items() if m.clock == clock]
+        behind = [w for w, m in busy.items() if m.clock < clock]
         if not owing and not behind:
             return True
+        first = min(self.members[worker].began for worker in chosen)
+        if now - first >= self.rules.stall_seconds:
+            return True
+        if len(chosen) < min(self.rules.quorum, len(self.members)):
+            self._grace_until = None  # it may have had one, and lost a worker since
+            return False
         if self._grace_until is None:
-            first = min(self.members[worker].began for worker in chosen)
-            if now - first >= self.rules.stall_seconds:
-                return True
-            if len(chosen) < min(self.rules.quorum, len(self.members)):
-                return False
             given = self.rules.grace_seconds
             self._grace_until = now + ((now - first) / 10 if given is None else given)
         return not owing or now >= self._grace_until
+
+    def _servers_have(self, report: Report) -> bool:
+        return self._servers is not None and report.servers >= self._servers
+
+    def _is_held(self, clock: int, chosen: Collection[int]) -> bool:
+        """Is the holder not among them, though it can be?"""
+        assert self.holder is not None
+        if self.holder in chosen:
+            return False
+        member = self.members[self.holder]
+        return clock in member.reports or (member.counted < clock and member.clock <= clock)
 
     def turns(self, now: float) -> list[Turn]:
         """Return what workers are to do that have nothing to do, and may go on."""
@@ -252,21 +310,29 @@ class Rounds:
             if not (enough or over):
                 return []
             self.began = True
-        furthest = self.version + 1 + (self.rules.staleness if self.rules.mode == "ssp" else 0)
+        first = self._open()
+        furthest = first + (self.rules.staleness if self.rules.mode == "ssp" else 0)
         given = []
         for worker, member in sorted(self.members.items()):
-            clock = max(self.version, member.clock) + 1
+            clock = max(first, member.clock + 1)
             if not member.wants_turn or clock > furthest:
                 continue
+            if not all(self._servers_have(report) for report in member.reports.values()):
+                continue  # it would forget what it has pushed
             member.clock, member.began, member.wants_turn = clock, now, False
-            given.append(Turn(worker, clock, self.shares.take(worker, clock, self.members)))
+            share = self.shares.take(worker, clock, self.members, member.late)
+            member.late = False
+            given.append(Turn(worker, clock, share))
+        if given:
+            self.passed = first - 1
         return given
 
     def to_message(self) -> dict[str, Any]:
         """Return what a server must know to go on in place of this one, as JSON can carry it."""
         members = [[w, m.incarnation, m.clock, m.counted] for w, m in sorted(self.members.items())]
         shares = self.shares.to_message()
-        return {"version": self.version, "members": members, "shares": shares, "began": self.began}
+        about = {"version": self.version, "passed": self.passed, "began": self.began}
+        return {**about, "members": members, "shares": shares}
 
     def take_up(self, message: Mapping[str, Any]) -> set[int]:
         """Let it be what another server's was; return the workers that took part.
@@ -274,9 +340,33 @@ class Rounds:
         Each is to say where it is (`ready` or `adopt`), or to be `lost`.
         """
         self.version, self.began = message["version"], message["began"]
+        self.passed = message["passed"]
         self.shares.take_up(message["shares"])
         self.members = {}
-        return {row[0] for row in message["members"]}
+        workers = {row[0] for row in message["members"]}
+        for worker in workers:
+            self.shares.give_back(worker)  # what it reads it is to say
+        return workers
+
+    def status(self, now: float) -> dict[str, Any]:
+        """Return how workers are, for people."""
+        workers = {
+            str(worker): {
+                "round": member.clock,
+                "incarnation": member.incarnation,
+                "computes": member.counted < member.clock and not member.reports,
+                "seconds": round(now - member.began, 2),
+            }
+            for worker, member in sorted(self.members.items())
+        }
+        return {
+            "mode": self.rules.mode,
+            "version": self.version,
+            "most_stale": self.most_stale,
+            "num_returned": self.shares.num_returned,
+            "num_workers": self.rules.workers,
+            "workers": workers,
+        }
 
     def again_in(self, now: float) -> float | None:
         """Return after how many seconds `close` or `turns` may say something else by itself."""
@@ -288,4 +378,4 @@ class Rounds:
         reported = [m.began for m in self.members.values() if m.reports]
         if reported:
             ends.append(min(reported) + self.rules.stall_seconds)
-        return max(0.0, min(ends) - now) if ends else None
+        return min((end - now for end in ends if end > now), default=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +15,16 @@ from bigtrain.server.board import Board, Policy
 from bigtrain.server.chaos import Chaos
 from bigtrain.server.coding import Coding
 from bigtrain.server.link import Link, Loop
-from bigtrain.server.protocol import STEPS, Header, Kind, Malformed, Who, nonce, number
+from bigtrain.server.peers import Peers
+from bigtrain.server.protocol import Header, Kind, Malformed, Who, nonce, number
 from bigtrain.server.rounds import Closed, Rounds, Rules
 from bigtrain.server.shares import Shares
 from bigtrain.server.status import write_status
 from bigtrain.server.table import BlockSpec, MakeOptimizer, Source, Table
+from bigtrain.server.traffic import Arrivals, Pull, Pulls
 
 log = logging.getLogger(__name__)
 
-_CALL_SECONDS = 0.5  # between two tries to reach another server
 _STATUS_SECONDS = 0.5
 _FILLER = 0  # the worker that gives servers what they begin with: all must have it from the same
 _FROM_SERVERS = frozenset(range(Kind.ROUND, Kind.ALIVE + 1))
@@ -49,16 +50,6 @@ class Setup:
     chaos: Chaos = field(default_factory=lambda: Chaos([], "server", 0, 0))
 
 
-@dataclass(frozen=True)
-class _Pull:
-    """A worker's wish for a tensor of `version` or later; `have` is the version that it has."""
-
-    link: Link
-    part: int
-    version: int
-    have: int | None
-
-
 class Server:
     """Serves until all workers have left, or `stop` is called.
 
@@ -80,28 +71,23 @@ class Server:
         self.failure: BaseException | None = None
         self.version = 0
         self._workers: dict[tuple[int, int], Link] = {}  # (worker, rank)
-        self._servers: dict[int, Link] = {}
-        self._order = list(range(len(setup.addresses)))  # who keeps the board while it lives
+        self.peers = Peers(setup.index, setup.addresses, setup.incarnation)
         self._is_guest = setup.incarnation > 0
         self._guests: dict[int, Link] = {}
         self._owed: set[int] = set()  # guests that we must give something
         self._sources: set[int] = set()  # servers that have yet to give us what we are to hold
         self._adopted: dict[str, Any] = {}
+        self._late: list[tuple[Link, Who, dict[str, Any]]] = []  # what workers declare to a guest
         self._specs: dict[int, BlockSpec] = {}  # all blocks, of which we hold some
         self._about: dict[str, Any] = {}
-        self._incarnations: dict[int, int] = {}
-        self._dead: set[int] = set()
-        self._silent: set[int] = set()  # of these, those whose end nobody has seen
         self._cut_since: float | None = None
-        self._called: dict[int, float] = {}
         self._board: Board | None = None
         self._declared: dict[int, set[int]] = {}  # worker -> ranks
-        self._keys: dict[tuple[int, int], list[int]] = {}  # (worker, rank) -> what it pushes
         self._filled: set[int] = set()  # ranks of the worker that fills us which are done
         self._is_filled = False
         self._early: list[tuple[Link, Kind, dict[str, Any]]] = []  # for a board that is none yet
-        self._got: dict[Source, dict[int, set[int]]] = {}  # rank -> keys that are here
-        self._pulls: dict[int, list[_Pull]] = {}  # by key
+        self._arrivals = Arrivals()
+        self._pulls = Pulls(self.table)
         self._updating = False
         self._jobs = ThreadPoolExecutor(1, thread_name_prefix="bigtrain updates")
         self._told: set[tuple[int, int]] = set()  # who knows whether we want its values
@@ -135,16 +121,22 @@ class Server:
 
     @property
     def alive(self) -> frozenset[int]:
-        return frozenset(range(len(self.setup.addresses))) - self._dead
+        return self.peers.alive
 
     @property
     def seniority(self) -> list[int]:
-        """Servers that live, those first that have lived longest: the first keeps the board."""
-        return [server for server in self._order if server not in self._dead]
+        return self.peers.seniority
 
     @property
     def num_servers(self) -> int:
-        return len(self.setup.addresses)
+        return len(self.peers)
+
+    @property
+    def may_decide(self) -> bool:
+        """Is it sure that the run does not go on without us? A server that says nothing may live,
+        on the other side of a cut; only the side with more than half of the workers may go on."""
+        few = 2 * len(self.linked) <= self.setup.rules.workers
+        return not (self.peers.silent and few and not self._someone_left)
 
     @property
     def num_updates(self) -> int:
@@ -160,10 +152,12 @@ class Server:
         if link is not None:
             link.say(kind, content)
 
+    def refuse(self, worker: int, why: str) -> None:
+        for link in [link for (index, _), link in self._workers.items() if index == worker]:
+            link.refuse(why)
+
     def order(self, kind: Kind, content: dict[str, Any]) -> None:
-        for server in sorted(self.alive - {self.setup.index}):
-            if server in self._servers:
-                self._servers[server].say(kind, content)
+        self.peers.say(kind, content)
         # Not before what we do now is done: an order follows from another.
         self.loop.call(lambda: self._obey(kind, content, self.setup.index))
 
@@ -173,58 +167,53 @@ class Server:
         if who.role == "worker" and who.index >= self.setup.rules.workers:
             raise Malformed(f"{who}, of {self.setup.rules.workers} (server.workers)")
         if who.role == "server":
-            if who.index >= len(self.setup.addresses):
-                raise Malformed(f"{who}, of {len(self.setup.addresses)}")
-            known_as = self._incarnations.get(who.index, 0)
-            if who.index in self._dead and who.incarnation <= known_as:
-                raise Malformed(f"{who} was given up; the run goes on without it")
+            self.peers.greet(who)
         known = self._workers.get((who.index, who.rank)) if who.role == "worker" else None
         if known is not None and known.who is not None:
             if known.who.incarnation > who.incarnation:
                 raise Malformed(f"{who} was started again since")
             known.close("it has come by another link")
-        return {"identity": self.identity, "alive": self.seniority}
+        return {"identity": self.identity, "alive": [] if self._is_guest else self.seniority}
 
     def opened(self, link: Link, greeting: dict[str, Any]) -> None:
         who = link.who
         assert who is not None
-        if who.role == "server" and who.incarnation > self._incarnations.get(who.index, 0):
+        if who.role == "server" and self.peers.is_new(who):
             self._take_guest(link, who)
         elif who.role == "server":
-            self._servers[who.index] = link
+            self.peers.links[who.index] = link
             self._see_who_keeps_the_board()
         else:
             self._workers[who.index, who.rank] = link
 
     def closed(self, link: Link, why: str) -> None:
         who = link.who
-        for waiting in self._pulls.values():
-            waiting[:] = [pull for pull in waiting if pull.link is not link]
+        self._pulls.drop(link)
         self._early = [frame for frame in self._early if frame[0] is not link]
+        self._late = [declared for declared in self._late if declared[0] is not link]
         if who is None:
             return
         if who.role == "server" and self._guests.get(who.index) is link:
             del self._guests[who.index]
             if self._board is not None and self._board.is_open:
                 self._board.on_guest_lost(who.index, time.monotonic())
-        elif who.role == "server" and self._servers.get(who.index) is link:
-            del self._servers[who.index]
+        elif who.role == "server" and self.peers.links.get(who.index) is link:
+            del self.peers.links[who.index]
             self._lose_server(who.index, why, silent=link.silent)
         elif who.role == "worker" and self._workers.get((who.index, who.rank)) is link:
             del self._workers[who.index, who.rank]
             self._lose_worker(who, why)
 
     def _lose_server(self, server: int, why: str, *, silent: bool = False) -> None:
-        if self._is_over or server in self._dead or (self._someone_left and not self._workers):
+        at_end = self._is_over or (self._someone_left and not self._workers)
+        if at_end or server in self.peers.dead:
             return
         if self._is_guest:
             self._fail(CommError(f"server {server}: {why}, while it was to let us in"))
             return
-        self._dead.add(server)
-        if silent:
-            self._silent.add(server)
+        self.peers.lose(server, silent=silent)
         log.warning("server %d: %s; the run goes on without it", server, why)
-        gone = [k for k in self.table.keys if not set(self.table.servers_of(k)) & self.alive]
+        gone = [s.key for s in self._specs.values() if not set(s.servers) & self.alive]
         if gone:
             self._fail(
                 BigtrainError(
@@ -237,7 +226,7 @@ class Server:
         self._see_who_keeps_the_board()
         if self._board is not None:
             self._board.on_server_lost(time.monotonic())
-            self._board.go_on(time.monotonic())
+            self._go_on(time.monotonic())
 
     def _lose_worker(self, who: Who, why: str) -> None:
         if who.index == _FILLER and not self._is_filled:
@@ -246,10 +235,9 @@ class Server:
         self._told.discard((who.index, who.rank))
         if self._board is not None:
             self._board.on_worker_lost(who.index, why)
-            self._board.go_on(time.monotonic())
+            self._go_on(time.monotonic())
         if self._someone_left and not self._workers:  # nobody will come again
-            for link in self._servers.values():
-                link.say(Kind.BYE)
+            self.peers.say(Kind.BYE)
             self.stop()
 
     def _see_who_keeps_the_board(self) -> None:
@@ -257,8 +245,8 @@ class Server:
         if self._is_guest:
             return
         mine = self.setup.index == self.seniority[0]
-        together = self._servers.keys() >= self.alive - {self.setup.index}
-        if self._board is not None and mine and together and not self._board.active:
+        waits = self._board is not None and not self._board.active
+        if self._board is not None and mine and waits and not self.peers.missing:
             self._board.take_over(time.monotonic())
 
     # -- frames --------------------------------------------------------------------------------
@@ -277,7 +265,7 @@ class Server:
                 raise Malformed("values that nobody has asked for")
             return self.table.room_for_values(header.key, header.part)
         if self._is_old(header.step):  # its bytes must go somewhere
-            return memoryview(bytearray(header.length))
+            return memoryview(bytearray(self.table.gradient_bytes(header.key)))
         if header.step > self.version + 2 + self.setup.rules.staleness:
             raise Malformed(f"a gradient of round {header.step}, after round {self.version}")
         return self.table.room_for_gradient(_source(who, header), header.key)
@@ -292,7 +280,7 @@ class Server:
         if not both and (header.kind in _FROM_SERVERS) != (who.role == "server"):
             raise Malformed(f"{header.kind.name} from {who}")
         if header.kind is Kind.BYE and who.role == "server":
-            self._dead.add(who.index)  # all is over, as we shall see
+            self.peers.lose(who.index, silent=False)  # all is over, as we shall see
         elif header.kind is Kind.VALUES:
             pass  # they are in their place
         elif header.kind is Kind.FILLED and who.role == "server":
@@ -327,12 +315,13 @@ class Server:
         specs = [BlockSpec.from_message(block) for block in blocks]
         mine = [spec for spec in specs if self.setup.index in spec.servers]
         if self._is_guest:
-            raise Malformed("this server is not part of the run yet")
+            self._late.append((link, who, content))
+            return
         self._specs |= {spec.key: spec for spec in specs}
         if self.table.optimizer is not None and not self.table.knows([s.key for s in mine]):
             raise Malformed("a block that other workers do not have: their layout differs")
         self.table.declare(mine)
-        self._keys[who.index, who.rank] = [spec.key for spec in mine]
+        self._arrivals.expect(who.index, who.rank, len(mine))
         ranks = self._declared.setdefault(who.index, set())
         ranks.add(who.rank)
         if self.table.optimizer is None and len(ranks) == who.ranks:
@@ -360,12 +349,13 @@ class Server:
                 )
 
     def _on_filled(self, who: Who, content: dict[str, Any]) -> None:
-        if who.index != _FILLER or self._is_filled:
+        if who.index != _FILLER or self._is_filled or self.table.optimizer is None:
             raise Malformed("FILLED, which nobody has asked for")
+        for name in ("step", "num_updates", "cursor"):
+            number(content, name)
         self._filled.add(who.rank)
         if len(self._filled) < who.ranks:
             return
-        assert self.table.optimizer is not None
         self._begin(content)
         self._see_who_keeps_the_board()
         self._offer_to_be_filled()
@@ -387,12 +377,12 @@ class Server:
 
     def _take_guest(self, link: Link, who: Who) -> None:
         """A server was started again; its end may not have been noticed yet."""
-        old = self._servers.get(who.index)
+        old = self.peers.links.get(who.index)
         if old is not None:
             old.close("it was started again")
-        elif who.index not in self._dead and not self._is_guest:
+        elif who.index not in self.peers.dead and not self._is_guest:
             self._lose_server(who.index, "it was started again")
-        self._incarnations[who.index] = who.incarnation
+        self.peers.know(who)
         self._guests[who.index] = link
         if who.index in self._owed:
             self._owed.discard(who.index)
@@ -453,11 +443,12 @@ class Server:
         for kind, name in ((Kind.ROUND, "round"), (Kind.APPLY, "apply")):
             if content[name] is not None:
                 self._board.note(kind, content[name])
-        self._dead = set(range(self.num_servers)) - {*content["alive"], self.setup.index}
-        self._order = [*content["alive"], self.setup.index]
+        self.peers.join(content["alive"])
         self._is_guest = False
-        self._offer_to_be_filled()
-        self._servers[content["alive"][0]].say(Kind.JOINED, {})
+        late, self._late = self._late, []
+        for declared in late:
+            self._on_declare(*declared)
+        self.peers.links[content["alive"][0]].say(Kind.JOINED, {})
 
     def let_in(self, guest: int) -> None:
         self.order(Kind.ALIVE, {"server": guest})
@@ -469,49 +460,20 @@ class Server:
 
     def _on_alive(self, server: int) -> None:
         if server in self._guests:
-            self._servers[server] = self._guests.pop(server)
-            self._dead.discard(server)
-            self._silent.discard(server)
-            self._order = [s for s in self._order if s != server and s in self.alive] + [server]
+            self.peers.take_back(server, self._guests.pop(server))
 
     # -- gradients and parameters --------------------------------------------------------------
 
     def _on_push(self, link: Link, who: Who, header: Header) -> None:
-        if not self._is_old(header.step):
-            have = self._got.setdefault(_source(who, header), {}).setdefault(who.rank, set())
-            have.add(header.key)
-            if len(have) < len(self._keys.get((who.index, who.rank), ())):
-                return
-        link.say(Kind.HAVE, step=header.step)
+        source = _source(who, header)
+        if self._is_old(header.step) or self._arrivals.note(source, who.rank, header.key):
+            link.say(Kind.HAVE, step=header.step)
 
     def _on_pull(self, link: Link, header: Header, content: dict[str, Any]) -> None:
         have = number(content, "have") if "have" in content else None
-        pull = _Pull(link, header.part, header.step, have)
-        self._pulls.setdefault(header.key, []).append(pull)
+        self._pulls.add(header.key, Pull(link, header.part, header.step, have))
         if header.step <= self.version and not self._updating:
-            self._answer_pulls(header.key, self.version)
-
-    def _answer_pulls(self, key: int, version: int) -> None:
-        waiting = self._pulls.pop(key, [])
-        later = [pull for pull in waiting if pull.version > version]
-        if later:
-            self._pulls[key] = later
-        for pull in waiting:
-            if pull.version <= version:
-                try:
-                    self._answer_pull(key, version, pull)
-                except Malformed as error:
-                    pull.link.refuse(str(error))
-
-    def _answer_pull(self, key: int, version: int, pull: _Pull) -> None:
-        """Send a tensor: what the worker's lacks, if that is known, or else all of it."""
-        if pull.have is not None and pull.part == 0:
-            steps = self.table.steps_since(key, pull.have, version)
-            if steps is not None:
-                pull.link.send(Kind.TENSOR, steps, key=key, step=version, part=STEPS)
-                return
-        data, sent = self.table.send(key, pull.part)
-        pull.link.send(Kind.TENSOR, data, sent, key=key, step=version, part=pull.part)
+            self._pulls.answer(header.key, self.version)
 
     # -- orders of the board, and answers ------------------------------------------------------
 
@@ -527,7 +489,7 @@ class Server:
             board.on_report(who.index, content)
         else:
             board.on_offer(who.index, content)
-        board.go_on(now)
+        self._go_on(now)
 
     def _obey(self, kind: Kind, content: dict[str, Any], sender: int) -> None:
         """Do what a board orders, or take what a server answers."""
@@ -559,13 +521,13 @@ class Server:
             early, self._early = self._early, []
             for frame in early:
                 self._on_board_frame(*frame)
-            board.go_on(now)
+            self._go_on(now)
 
     def _answer(self, server: int, kind: Kind, content: dict[str, Any]) -> None:
         if server == self.setup.index:
             self.loop.call(lambda: self._obey(kind, content, server))
-        elif server in self._servers:
-            self._servers[server].say(kind, content)
+        elif server in self.peers.links:
+            self.peers.links[server].say(kind, content)
 
     def _on_round(self, content: Mapping[str, Any], sender: int) -> None:
         closed, alive = Closed.from_message(content["closed"]), content["alive"]
@@ -578,13 +540,13 @@ class Server:
             if next(s for s in self.table.servers_of(key) if s in alive) == self.setup.index
         ]
 
-        def work() -> float:
+        def work() -> dict[str, Any]:
             missing = self.table.add_up(sources)
-            assert not missing, f"what a worker has reported is not here: {missing[:3]}"
-            return self.table.squares(mine)
+            liars = sorted({source[0] for source, _ in missing})
+            return {"missing": liars, "squares": 0.0 if liars else self.table.squares(mine)}
 
-        def done(squares: float) -> None:
-            answer = {"number": closed.number, "alive": alive, "squares": squares}
+        def done(found: dict[str, Any]) -> None:
+            answer = {"number": closed.number, "alive": alive, **found}
             self._answer(sender, Kind.SQUARES, answer)
 
         self._do(work, done)
@@ -601,7 +563,7 @@ class Server:
         self._updating = True
 
         def answer(key: int) -> None:
-            self.loop.call(lambda: self._answer_pulls(key, done_number))
+            self.loop.call(lambda: self._pulls.answer(key, done_number))
 
         def work() -> None:
             if not update["skip"]:
@@ -610,8 +572,7 @@ class Server:
         def done(_: None) -> None:
             self._updating, self.version = False, done_number
             self._forget(outcome)
-            for key in list(self._pulls):
-                self._answer_pulls(key, done_number)
+            self._pulls.answer_all(done_number)
             self._answer(sender, Kind.APPLIED, {"number": done_number})
             for event in self.setup.chaos.due(done_number):
                 self.loop.suffer(event)
@@ -627,8 +588,7 @@ class Server:
             return self._is_old(clock) or (incarnation, clock) <= used.get(worker, (-1, -1))
 
         self.table.forget(is_over)
-        for source in [source for source in self._got if is_over(source)]:
-            del self._got[source]
+        self._arrivals.forget(is_over)
 
     def _do(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """Have `work` done on the other thread, one after the other, and `done` here."""
@@ -653,27 +613,27 @@ class Server:
 
     # -- from time to time ---------------------------------------------------------------------
 
+    def _go_on(self, now: float) -> None:
+        """Have the board do what can be done now, and look again when it may do more."""
+        assert self._board is not None
+        self._board.go_on(now)
+        later = self._board.rounds.again_in(now) if self._board.is_open else None
+        if later is not None:
+            self.loop.due = min(self.loop.due, now + max(later, 0.001))
+
     def tick(self, now: float) -> None:
         # Those before us listen, we call; a guest calls all.
-        for server in range(self.num_servers if self._is_guest else self.setup.index):
-            if server == self.setup.index:
-                continue
-            idle = now - self._called.get(server, 0.0) >= _CALL_SECONDS
-            if idle and server not in self._servers and server not in self._dead:
-                self._called[server] = now
-                me = Who("server", self.setup.index, self.setup.incarnation)
-                self.loop.connect(self.setup.addresses[server], me, server)
-        missing = self.alive - self._servers.keys() - {self.setup.index}
-        late = now - self._begun > self.setup.rules.join_seconds
-        if missing and late and not self._is_guest:
-            for server in missing:
+        self.peers.call(self.loop, now, everybody=self._is_guest)
+        if now - self._begun > self.setup.rules.join_seconds and not self._is_guest:
+            for server in self.peers.missing:
                 self._lose_server(server, "it did not come")
-        if self._is_cut_off:
+        if not self.may_decide:
             self._cut_since = self._cut_since or now
             if now - self._cut_since > 2 * self.setup.lease_seconds:
                 self._fail(
                     CommError(
-                        f"server {self.setup.index} hears nothing of {_named(self._silent)}, and "
+                        f"server {self.setup.index} hears nothing of "
+                        f"{self.peers.named(self.peers.silent)}, and "
                         "no more than half of the workers are here",
                         why="the network is cut, and the run may go on at the other side",
                         mend="resume from the last checkpoint, if it does not",
@@ -681,51 +641,25 @@ class Server:
                 )
         elif self._board is not None and self._board.active:
             self._cut_since = None
-            self._board.go_on(now)
+            self._go_on(now)
             self._tell_status(now)
-
-    @property
-    def _is_cut_off(self) -> bool:
-        """Might the run go on without us? A server that says nothing may live, on the other side of
-        a cut; then only the side with more than half of the workers may go on."""
-        few = 2 * len(self.linked) <= self.setup.rules.workers
-        return bool(self._silent) and few and not self._someone_left
 
     def _tell_status(self, now: float) -> None:
         """Write how the run is, for `bigtrain status`."""
-        if self.setup.status is None or now - self._status_at < _STATUS_SECONDS:
+        board = self._board
+        if self.setup.status is None or now - self._status_at < _STATUS_SECONDS or board is None:
             return
         self._status_at = now
-        assert self._board is not None
-        rounds = self._board.rounds
-        self._rate = [*self._rate[-20:], (now, rounds.version)]
-        seconds, steps = now - self._rate[0][0], rounds.version - self._rate[0][1]
-        samples = self.setup.batch / rounds.rules.workers
-        parts = len(self._board.outcome["parts"]) if self._board.outcome is not None else 0
-        speed = steps / seconds if seconds > 0 else 0.0
+        self._rate = [*self._rate[-20:], (now, board.rounds.version)]
+        seconds, steps = now - self._rate[0][0], board.rounds.version - self._rate[0][1]
         status = {
             "board": self.setup.index,
-            "mode": rounds.rules.mode,
-            "version": rounds.version,
-            "rounds_per_second": speed,
-            "samples_per_second": speed * parts * samples,
-            "most_stale": rounds.most_stale,
-            "outcome": self._board.outcome,
-            "shares": rounds.shares.to_message(),
-            "servers": {
-                str(s): "lives" if s in self.alive else "is gone" for s in range(self.num_servers)
-            },
-            "num_workers": rounds.rules.workers,
-            "workers": {
-                str(w): {
-                    "round": member.clock,
-                    "incarnation": member.incarnation,
-                    "state": "waits" if member.reports or member.wants_turn else "computes",
-                    "seconds": round(now - member.began, 2),
-                }
-                for w, member in sorted(rounds.members.items())
-            },
+            "rounds_per_second": steps / seconds if seconds > 0 else 0.0,
+            "samples": self.setup.batch / self.setup.rules.workers,  # of a worker's part of a round
+            "outcome": board.outcome,
+            "servers": {str(server): server in self.alive for server in range(self.num_servers)},
             "held_bytes": self.table.num_bytes,
+            **board.rounds.status(now),
         }
         try:
             write_status(self.setup.status, status)
@@ -736,7 +670,3 @@ class Server:
 
 def _source(who: Who, header: Header) -> Source:
     return who.index, who.incarnation, header.step
-
-
-def _named(servers: Collection[int]) -> str:
-    return ", ".join(f"server {server}" for server in sorted(servers))

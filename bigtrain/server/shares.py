@@ -3,7 +3,7 @@
 A step takes `batch` samples of the stream from a cursor on, cut into as many shares as workers are
 meant to be. A worker reads its own share, step after step. What a worker had that is gone, or whose
 gradient came too late to count, is read by whoever is next; so are the shares of workers that are
-not there.
+not there, or far behind.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+_FAR_BEHIND = 4  # steps
 
 
 @dataclass(frozen=True, order=True)
@@ -34,12 +36,19 @@ class Shares:
         self.out: dict[tuple[int, int], Share] = {}  # (worker, round): what it reads for it
         self.num_returned = 0
 
-    def take(self, worker: int, clock: int, workers: Collection[int]) -> Share:
+    def take(self, worker: int, clock: int, workers: Collection[int], late: bool = False) -> Share:
         """Give `worker` what it reads for round `clock`: of what is first in the stream, its own
-        share if it can be. `workers` are those that are there."""
-        own = [Share(self.next[worker], worker)]
-        orphans = [Share(self.next[n], n) for n in range(self.number) if n not in workers]
-        best = min((*own, *orphans, *self.returned), key=lambda s: (s.cursor, s.number != worker))
+        share if it can be. `workers` are those that are there. late: its last came too late to
+        count; then others read that, who are faster, or all would wait for it for ever."""
+        own = Share(self.next[worker], worker)
+        far = own.cursor - _FAR_BEHIND * self.batch
+        others = [
+            Share(cursor, n)
+            for n, cursor in enumerate(self.next)
+            if n not in workers or cursor <= far
+        ]
+        returned = [] if late else self.returned
+        best = min((own, *others, *returned), key=lambda s: (s.cursor, s.number != worker))
         self._remove(best)
         self.out[worker, clock] = best
         return best

@@ -48,28 +48,28 @@ def status_lines(status: Mapping[str, Any], now: float) -> Iterator[str]:
     """Yield how the run is, for people."""
     age = now - status["time"]
     over = f", {age:.0f} s ago: it has ended, or hangs" if age > OLD_SECONDS else ""
+    outcome = status.get("outcome")
+    parts = outcome["parts"] if outcome is not None else []
+    speed = status["rounds_per_second"] * len(parts) * status["samples"]
     yield (
         f"round {status['version']} ({status['mode']}), {status['rounds_per_second']:.2f} "
-        f"rounds/s, {status['samples_per_second']:,.0f} samples/s{over}"
+        f"rounds/s, {speed:,.0f} samples/s{over}"
     )
-    outcome = status.get("outcome")
     if outcome is not None:
-        workers = ", ".join(str(part[0]) for part in outcome["parts"])
+        workers = ", ".join(str(part[0]) for part in parts)
         yield (
             f"last round: workers {workers}; parameters at most {outcome['staleness']} versions "
             f"old ({status['most_stale']} in this run)"
         )
-    shares = status["shares"]
-    yield f"shares of the data that were given to another worker: {shares['num_returned']}"
-    for server, state in status["servers"].items():
-        board = " and keeps the board" if int(server) == status["board"] else ""
-        yield f"server {server}  {state}{board}"
+    yield f"shares of the data that were given to another worker: {status['num_returned']}"
+    for server, lives in status["servers"].items():
+        board = ", keeps the board" if int(server) == status["board"] else ""
+        yield f"server {server}  {'lives' if lives else 'is gone'}{board}"
     for worker, about in status["workers"].items():
         again = f", started again {about['incarnation']} times" * (about["incarnation"] > 0)
-        yield (
-            f"worker {worker}  round {about['round']}, {about['state']}, began "
-            f"{about['seconds']:.1f} s ago{again}"
-        )
+        does = "computes" if about["computes"] else "waits"
+        since = f"began {about['seconds']:.1f} s ago"
+        yield f"worker {worker}  round {about['round']}, {does}, {since}{again}"
     for worker in range(status["num_workers"]):
         if str(worker) not in status["workers"]:
             yield f"worker {worker}  is not there"

@@ -22,7 +22,7 @@ from bigtrain.comm.mesh import Axis
 from bigtrain.ops.grad_norm import grad_norm
 from bigtrain.ops.op import Kernels
 from bigtrain.server.coding import Coding, Exact
-from bigtrain.server.protocol import Malformed, number
+from bigtrain.server.protocol import Malformed, number, whole_numbers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MOST_STEPS = 4  # versions that a worker may be behind and still get what it lacks
@@ -63,6 +63,18 @@ class Stretch:
     start: int
     stop: int
 
+    @classmethod
+    def read(cls, row: Any) -> Stretch:
+        """Return what a row of a message describes.
+
+        Raises:
+            Malformed: it is no stretch.
+        """
+        good = isinstance(row, list) and len(row) == 4 and type(row[0]) is str
+        if not good or not all(type(n) is int and n >= 0 for n in row[1:]) or row[1] < 1:
+            raise Malformed("a stretch that makes no sense")
+        return cls(*row)
+
 
 @dataclass(frozen=True)
 class BlockSpec:
@@ -92,21 +104,18 @@ class BlockSpec:
         Raises:
             Malformed: it is no block.
         """
-        if not isinstance(message, dict) or message.get("dtype") not in DTYPES:
+        if not isinstance(message, dict) or message.get("dtype") not in [*DTYPES]:
             raise Malformed("a block of no known dtype")
-        numel = number(message, "numel", 2**40)
-        try:
-            stretches = tuple(Stretch(*row) for row in message["stretches"])
-            servers = tuple(int(server) for server in message["servers"])
-            ends = [0, *(end for s in stretches for end in (s.start, s.stop)), numel]
-            good = bool(servers) and all(type(s.kind) is str for s in stretches)
-            good = good and all(a <= b for a, b in itertools.pairwise(ends))
-            good = good and all(1 <= s.num_replicas < 2**20 for s in stretches)
-        except (KeyError, TypeError, ValueError):
-            good = False
-        if not good:
-            raise Malformed("a block whose stretches make no sense")
-        return cls(number(message, "key", 2**32 - 1), numel, message["dtype"], servers, stretches)
+        numel, servers = number(message, "numel", 2**40), whole_numbers(message, "servers")
+        rows = message.get("stretches")
+        if not isinstance(rows, list) or not servers:
+            raise Malformed("a block without stretches or servers")
+        stretches = tuple(Stretch.read(row) for row in rows)
+        ends = [0, *(end for s in stretches for end in (s.start, s.stop)), numel]
+        if not all(a <= b for a, b in itertools.pairwise(ends)):
+            raise Malformed("a block whose stretches overlap, or reach beyond it")
+        key = number(message, "key", 2**32 - 1)
+        return cls(key, numel, message["dtype"], tuple(servers), stretches)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -233,15 +242,22 @@ class Table:
         Raises:
             Malformed: there is no such block.
         """
-        held = self._held.get(key)
-        if held is None:
-            raise Malformed(f"a gradient of block {key}, which nobody has declared")
+        size = self.gradient_bytes(key)
         mine = self._gradients.setdefault(source, {})
         if key not in mine:
-            size = self._push.num_bytes(held.spec.numel)
             spare = self._spare.get(size)
             mine[key] = spare.pop() if spare else torch.empty(size, dtype=torch.uint8)
         return bytes_of(mine[key])
+
+    def gradient_bytes(self, key: int) -> int:
+        """Return the bytes of a gradient of a block.
+
+        Raises:
+            Malformed: there is no such block.
+        """
+        if key not in self._held:
+            raise Malformed(f"a gradient of block {key}, which nobody has declared")
+        return self._push.num_bytes(self._held[key].spec.numel)
 
     def send(
         self, key: int, part: int, *, main: bool = False

@@ -2,41 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 
 from bigtrain.config.schema import AdamwOptimizer
 from bigtrain.optim import make_optimizer
 from bigtrain.server.board import Update
+from bigtrain.server.chaos import Event
 from bigtrain.server.client import Client
 from bigtrain.server.placement import place
 from bigtrain.server.protocol import Who
 from bigtrain.server.rounds import Closed, Rules
 from bigtrain.server.server import Server, Setup
-from bigtrain.server.table import BlockSpec, Stretch, bytes_of, key_of
+from bigtrain.server.table import BlockSpec, Stretch, Table, bytes_of, key_of
 
 TOKEN = "ab" * 32
 SIZES = (40, 3000, 17)
 BATCH = 8
-PATIENCE = 6.0
+RATE = 0.01
+PATIENCE = 30.0  # seconds that any wait may take before the test fails
+
+
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = PATIENCE) -> None:
+    """Return once `condition()` is true; fail after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds:g} s in vain for: {what}"
+        time.sleep(0.002)
+
+
+# -- what is computed ------------------------------------------------------------------------------
 
 
 class Policy:
-    """A constant rate, no clipping; a version in `held` holds its speaker."""
+    """A constant rate, no clipping; a version in `held` holds its speaker.
+
+    rounds: those that this server has closed as the board, by number.
+    """
 
     def __init__(self, held: frozenset[int] = frozenset()) -> None:
         self.held = held
+        self.rounds: dict[int, Closed] = {}
 
     def begin(self, about: Mapping[str, Any]) -> None:
         pass
 
     def update(self, closed: Closed, squares: float) -> Update:
-        return Update(0.01, 1.0, squares != squares, squares**0.5)
+        assert closed.number >= max(self.rounds, default=0), "rounds close in order"
+        assert self.rounds.setdefault(closed.number, closed) == closed, "a round was undone"
+        return Update(RATE, 1.0, squares != squares, squares**0.5)
 
     def is_held(self, closed: Closed) -> bool:
         return closed.number in self.held
@@ -69,98 +90,144 @@ def make(segments: Any) -> Any:
 
 def alone(steps: int, workers: int) -> list[torch.Tensor]:
     """Return the parameters after `steps` rounds of all workers, computed in one place."""
-    from bigtrain.server.table import Table
-
     table = Table(make, "off")
     table.declare(specs_of(1, 1))
     table.build()
-    params = [torch.from_numpy(_view(table, s.key)) for s in specs_of(1, 1)]
-    for mine, first in zip(params, initial(), strict=True):
-        mine.copy_(first)
+    assert table.optimizer is not None
+    buckets = [segment.bucket for segment in table.optimizer.segments]
+    for bucket, first in zip(buckets, initial(), strict=True):
+        bucket.main_params.copy_(first)
     for step in range(steps):
-        for worker in range(workers):
-            for spec, mine in zip(specs_of(1, 1), params, strict=True):
-                room = table.room_for_gradient((worker, 0, step + 1), spec.key)
-                torch.frombuffer(room, dtype=torch.float32).copy_(
-                    gradient(mine, step * BATCH, worker)
-                )
-        assert table.add_up([(w, 0, step + 1) for w in range(workers)]) == []
-        table.apply(0.01, 1.0, lambda key: None)
-        table.forget(lambda source: True)
-    return params
+        for bucket in buckets:
+            grads = [gradient(bucket.main_params, step * BATCH, w) for w in range(workers)]
+            total = bucket.main_grads.copy_(grads[0])
+            for grad in grads[1:]:
+                total += grad
+        table.optimizer.step(RATE)
+    return [bucket.main_params for bucket in buckets]
 
 
-def _view(table: Any, key: int) -> Any:
-    import numpy as np
+# -- workers ---------------------------------------------------------------------------------------
 
-    return np.frombuffer(table.room_for_values(key, 0), dtype=np.float32)
+
+class Vanished(Exception):
+    """What a killed worker's thread ends by."""
 
 
 class Worker(threading.Thread):
-    """A worker of one rank that trains until `steps` are done."""
+    """A worker of one rank that trains until the world's steps are done.
+
+    seconds: that a gradient takes. busy: called with each turn once its parameters are here. again:
+    repeat messages, and send old ones that are wrong. leave_at: the version to leave at.
+    """
 
     def __init__(
-        self, world: World, index: int, incarnation: int = 0, seconds: float = 0.0
+        self,
+        world: World,
+        index: int,
+        incarnation: int = 0,
+        seconds: float = 0.0,
+        busy: Callable[[dict[str, Any]], None] = lambda turn: None,
+        again: bool = False,
+        leave_at: int | None = None,
     ) -> None:
-        super().__init__(daemon=True)
-        self.world, self.index, self.seconds = world, index, seconds
-        who = Who("worker", index, incarnation)
+        super().__init__(name=f"worker {index}.{incarnation}", daemon=True)
+        self.world, self.index, self.incarnation = world, index, incarnation
+        self.seconds, self.busy, self.again = seconds, busy, again
+        self.leave_at = world.steps if leave_at is None else leave_at
         self.client = Client(
-            who,
+            Who("worker", index, incarnation),
             world.addresses,
             TOKEN,
             lease_seconds=world.lease,
-            patience_seconds=PATIENCE,
+            patience_seconds=world.patience,
         )
+        self.specs = specs_of(len(world.servers), world.replicas)
         self.params = initial()
-        self.used: list[tuple[int, int]] = []  # shares that it has read
         self.turns: list[dict[str, Any]] = []
         self.bases: list[tuple[int, int]] = []  # (round, version that it was computed with)
         self.error: BaseException | None = None
-        self.over = self.gone = False
-        self.busy: Callable[[dict[str, Any]], None] = lambda turn: None
+        self.gone = False
+        self._over = threading.Event()
+        self._old: list[torch.Tensor] = []
+
+    @property
+    def version(self) -> int:
+        """The version of the last turn."""
+        return self.turns[-1]["version"] if self.turns else 0
 
     def run(self) -> None:
         try:
             self._train()
+        except Vanished:
+            pass
         except BaseException as error:
             self.error = error
+        finally:
+            self.client._loop.stop(0.0)
 
     def _train(self) -> None:
-        client, specs = self.client, specs_of(len(self.world.servers), self.world.replicas)
-        client.start(specs)
-        if any(answer["fill"] for answer in client.wanted.values()):
-            values = {(s.key, 0): bytes_of(p) for s, p in zip(specs, self.params, strict=True)}
-            client.fill(values, {"step": 0, "num_updates": 0, "cursor": 0})
-        client.ready()
+        self._begin()
         clock = 0
-        while not self.over:
-            turn = client.next_turn(clock)
+        while not self._over.is_set():
+            turn = self.client.next_turn(clock)
             self.turns.append(turn)
             clock = turn["clock"]
-            rooms = [
-                (s.key, 0, turn["version"], bytes_of(p))
-                for s, p in zip(specs, self.params, strict=True)
-            ]
-            client.pull(rooms)
-            base = min(client.wait_pulled(s.key) for s in specs)
+            base = self._pull(turn["version"])
             self.busy(turn)
-            if turn["version"] >= self.world.steps:
+            if turn["version"] >= self.leave_at:
                 break
-            cursor, number = turn["share"]
-            time.sleep(self.seconds)
-            grads = [gradient(p, cursor, number) for p in self.params]
-            for spec, grad in zip(specs, grads, strict=True):
-                client.push(clock, spec.key, bytes_of(grad))
-            have = client.wait_pushed(clock)
-            self.bases.append((clock, base))
-            client.report(clock, base, [float(cursor + number), 1.0], have)
-        client.leave()
+            self._work(turn, base)
+        self.client.leave()
+
+    def _begin(self) -> None:
+        client = self.client
+        client.start(self.specs)
+        if any(answer["fill"] for answer in client.wanted.values()):
+            values = {(s.key, 0): bytes_of(p) for s, p in zip(self.specs, self.params, strict=True)}
+            client.fill(values, {"step": 0, "num_updates": 0, "cursor": 0})
+        client.ready()
+
+    def _pull(self, version: int) -> int:
+        """Return the oldest version of what has come."""
+        pairs = zip(self.specs, self.params, strict=True)
+        self.client.pull([(s.key, 0, version, bytes_of(p)) for s, p in pairs])
+        return min(self.client.wait_pulled(s.key)[0] for s in self.specs)
+
+    def _work(self, turn: dict[str, Any], base: int) -> None:
+        clock, (cursor, number) = turn["clock"], turn["share"]
+        self._over.wait(self.seconds)
+        grads = [gradient(p, cursor, number) for p in self.params]
+        self._push(clock, grads)
+        have = self.client.wait_pushed(clock)
+        self.bases.append((clock, base))
+        self._report(clock, base, [float(cursor + number), 1.0], have)
+        self._old = grads  # in use until the next turn
+
+    def _push(self, clock: int, grads: list[torch.Tensor]) -> None:
+        pairs = list(zip(self.specs, grads, strict=True))
+        for spec, grad in pairs:
+            self.client.push(clock, spec.key, bytes_of(grad))
+        if self.again:
+            for spec, grad in reversed(pairs):
+                self.client.push(clock, spec.key, bytes_of(grad))
+            for spec, grad in zip(self.specs, self._old, strict=False):
+                self.client.push(clock - 1, spec.key, bytes_of(grad.fill_(1e6)))
+
+    def _report(self, clock: int, base: int, totals: list[float], have: list[int]) -> None:
+        self.client.report(clock, base, totals, have)
+        if self.again:
+            self.client.report(clock - 1, base, [1e6, 1.0], have)
+            self.client.report(clock, base, totals, have)
+            self.client.report(clock, base, totals, have)
 
     def vanish(self) -> None:
         """End as a process does that is killed."""
-        self.over = self.gone = True
+        self.gone = True
+        self._over.set()
         kill_loop(self.client._loop)
+        self.client._failure = Vanished()
+        self.client._notify()
 
 
 def kill_loop(loop: Any) -> None:
@@ -168,10 +235,14 @@ def kill_loop(loop: Any) -> None:
 
     def die() -> None:
         loop._over_at, loop._over = 0.0, True
+        loop.cut_until = 0.0
         for link in list(loop.links):
             link._out.clear()
 
     loop.call(die)
+
+
+# -- the world -------------------------------------------------------------------------------------
 
 
 class World:
@@ -184,18 +255,22 @@ class World:
         replicas: int = 1,
         steps: int = 10,
         lease: float = 1.0,
+        patience: float = PATIENCE,
         held: frozenset[int] = frozenset(),
         **rules: Any,
     ) -> None:
-        self.steps, self.replicas, self.lease = steps, replicas, lease
+        self.steps, self.replicas = steps, replicas
+        self.lease, self.patience = lease, patience
         self._listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(servers)]
         self.addresses = [sock.getsockname() for sock in self._listeners]
         self._held = held
         self.rules = Rules(**{"mode": "sync", "workers": workers, "quorum": workers, **rules})
         self.servers: list[Server] = []
-        self.threads: list[threading.Thread] = []
+        self.policies: list[Policy] = []
+        self.threads: dict[Server, threading.Thread] = {}
         self.failures: dict[int, BaseException] = {}
         self.workers: dict[int, Worker] = {}
+        self.all_workers: list[Worker] = []
         for index in range(servers):
             self.server(index)
 
@@ -210,14 +285,16 @@ class World:
             self.lease,
             incarnation=incarnation,
         )
-        server = Server(setup, make, Policy(self._held))
-        thread = threading.Thread(
-            target=self._serve, args=(server, self._listeners[index].dup()), daemon=True
+        self.policies.append(Policy(self._held))
+        server = Server(setup, make, self.policies[-1])
+        self.threads[server] = threading.Thread(
+            target=self._serve,
+            args=(server, self._listeners[index].dup()),
+            name=f"server {index}.{incarnation}",
+            daemon=True,
         )
-        self.servers[index:], rest = [server], self.servers[index + 1 :]
-        self.servers += rest
-        self.threads.append(thread)
-        thread.start()
+        self.servers[index : index + 1] = [server]
+        self.threads[server].start()
         return server
 
     def _serve(self, server: Server, listener: socket.socket) -> None:
@@ -226,46 +303,173 @@ class World:
         except BaseException as error:
             self.failures[server.setup.index] = error
 
-    def worker(self, index: int, incarnation: int = 0, seconds: float = 0.0) -> Worker:
-        worker = Worker(self, index, incarnation, seconds)
+    def worker(self, index: int, incarnation: int = 0, **options: Any) -> Worker:
+        """Start a worker, as `Worker` says."""
+        worker = Worker(self, index, incarnation, **options)
         self.workers[index] = worker
+        self.all_workers.append(worker)
         worker.start()
         return worker
 
-    def start(self, seconds: float = 0.0) -> list[Worker]:
+    def start(self, seconds: float = 0.0, **options: Any) -> list[Worker]:
         """Start all workers."""
-        return [self.worker(index, seconds=seconds) for index in range(self.rules.workers)]
+        count = self.rules.workers
+        return [self.worker(index, seconds=seconds, **options) for index in range(count)]
 
-    def kill_server(self, index: int) -> None:
-        self.servers[index]._is_over = True
-        kill_loop(self.servers[index].loop)
-        end = time.monotonic() + PATIENCE
-        while self.servers[index].loop.links:
-            assert time.monotonic() < end
-            time.sleep(0.002)
+    # -- what goes wrong -----------------------------------------------------------------------
+
+    def kill_server(self, index: int, *, port: bool = False) -> None:
+        """End a server as a process does that is killed. port: nobody listens there any more."""
+        server = self.servers[index]
+        if port:
+            self._listeners[index].close()
+        server._is_over = True
+        kill_loop(server.loop)
+        self.threads[server].join(PATIENCE)
+        assert not self.threads[server].is_alive(), f"server {index} does not end"
+
+    def cut(self, role: Literal["server", "worker"], index: int, seconds: float) -> None:
+        """Let nothing pass on any link of a server or of a worker."""
+        loop = self.servers[index].loop if role == "server" else self.workers[index].client._loop
+        loop.suffer(Event("cut", role, index, 0, seconds))
+
+    # -- waiting -------------------------------------------------------------------------------
 
     def wait(self, *workers: Worker) -> None:
         """Wait until these (or all) are done, and raise what one has raised."""
+        end = time.monotonic() + PATIENCE
         for worker in workers or [w for w in self.workers.values() if not w.gone]:
-            worker.join(PATIENCE)
-            if worker.error is not None:
-                raise worker.error
+            while worker.is_alive() and time.monotonic() < end:
+                worker.join(0.05)
+                self._raise(worker)
+            self._raise(worker)
             assert not worker.is_alive(), f"worker {worker.index} hangs"
 
-    def wait_version(self, version: int) -> None:
-        end = time.monotonic() + PATIENCE
-        while not any(
-            turn["version"] >= version for w in self.workers.values() for turn in w.turns
-        ):
-            assert time.monotonic() < end, f"version {version} does not come"
-            time.sleep(0.002)
+    @staticmethod
+    def _raise(worker: Worker) -> None:
+        if worker.error is not None:
+            raise worker.error
+
+    def wait_servers(self, *indices: int) -> None:
+        """Wait until these servers have ended by themselves."""
+        for index in indices or range(len(self.servers)):
+            thread = self.threads[self.servers[index]]
+            thread.join(PATIENCE)
+            assert not thread.is_alive(), f"server {index} does not end"
+
+    def wait_version(self, version: int, seconds: float = PATIENCE, *workers: Worker) -> None:
+        """Wait until one of `workers` (or any) is told of it."""
+
+        def there() -> bool:
+            some = workers or self.all_workers
+            for worker in some:
+                self._raise(worker)
+            return any(worker.version >= version for worker in some)
+
+        wait_for(f"version {version}", there, seconds)
+
+    # -- what came of it -----------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """The newest version that a worker was told of."""
+        return max((worker.version for worker in self.all_workers), default=0)
+
+    def rounds(self) -> list[Closed]:
+        """Return all rounds, in order; each was closed once, whoever kept the board."""
+        found: dict[int, Closed] = {}
+        for policy in self.policies:
+            for number, closed in policy.rounds.items():
+                assert found.setdefault(number, closed) == closed, f"round {number} was undone"
+        assert sorted(found) == list(range(1, len(found) + 1))
+        return [found[number] for number in sorted(found)]
+
+    def shares(self) -> list[tuple[int, int]]:
+        """Return the shares that are in updates, in order: each once, and none was left out."""
+        given = {
+            (worker.index, worker.incarnation, turn["clock"]): tuple(turn["share"])
+            for worker in self.all_workers
+            for turn in worker.turns
+        }
+        parts = [part for closed in self.rounds() for part in closed.parts]
+        used = [given[part.worker, part.incarnation, part.clock] for part in parts]
+        assert len(used) == len(set(used)), "a share was used twice"
+        last = max((t for w in self.all_workers for t in w.turns), key=lambda t: t["version"])
+        due = {(c, n) for c in range(0, last["cursor"], BATCH) for n in range(self.rules.workers)}
+        assert due <= set(used), f"shares were lost: {sorted(due - set(used))[:5]}"
+        return used
+
+    def state(self) -> str:
+        """Return how all are, for whoever looks at a test that has failed."""
+        lines = []
+        for server in self.servers:
+            about = _of(server, "version", "alive", "_is_filled", "_is_guest", "_updating")
+            links = {"servers": list(server.peers.links), "workers": list(server._workers)}
+            thread = "runs" if self.threads[server].is_alive() else "has ended"
+            lines.append(f"server {server.setup.index} {thread}: {about} {links}")
+            if server._board is not None:
+                names = ("active", "_asked", "_expected", "_closed", "_answers", "_waiting_for")
+                lines.append(f"  board: {_of(server._board, *names, '_guest', '_waiting')}")
+                names = ("version", "members", "holder")
+                lines.append(f"  rounds: {_of(server._board.rounds, *names)}")
+        for worker in self.all_workers:
+            names = ("_links", "_dead", "_turn", "_report", "_have", "_pulls", "_failure")
+            runs = "runs" if worker.is_alive() else "has ended"
+            about = f"error {worker.error!r}, {_of(worker.client, *names)}"
+            lines.append(f"{worker.name} {runs}: {about}")
+        lines.append(f"failures: {self.failures}")
+        return "\n".join(lines)
 
     def close(self) -> None:
-        for worker in self.workers.values():
+        for worker in self.all_workers:
             worker.vanish()
-        for server in self.servers:
+        for server in self.threads:
+            server.loop.cut_until = 0.0
             server.stop()
-        for thread in (*self.threads, *self.workers.values()):
+        for thread in (*self.threads.values(), *self.all_workers):
             thread.join(PATIENCE)
         for sock in self._listeners:
             sock.close()
+
+
+def _of(thing: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(thing, name, "?") for name in names}
+
+
+@contextlib.contextmanager
+def world(**options: Any) -> Iterator[World]:
+    """A world that ends with the block; if that fails, it shows how all were."""
+    made = World(**options)
+    try:
+        yield made
+    except BaseException as error:
+        raise AssertionError(f"{error!r}; the world was:\n{made.state()}") from error
+    finally:
+        made.close()
+
+
+# -- what is left ----------------------------------------------------------------------------------
+
+
+def _descriptors() -> set[tuple[str, str]]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.add((name, os.readlink(f"/proc/self/fd/{name}")))
+    return found
+
+
+@contextlib.contextmanager
+def leaves_nothing() -> Iterator[None]:
+    """Fail if threads, descriptors or sockets are left after the block."""
+    threads, descriptors = set(threading.enumerate()), _descriptors()
+    yield
+
+    def left() -> str:
+        more = {thread.name for thread in set(threading.enumerate()) - threads}
+        return ", ".join([*sorted(more), *sorted(map(str, _descriptors() - descriptors))])
+
+    end = time.monotonic() + PATIENCE
+    while left() and time.monotonic() < end:
+        time.sleep(0.005)
+    assert not left(), f"left behind: {left()}"
