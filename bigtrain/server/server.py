@@ -26,6 +26,7 @@ from bigtrain.server.traffic import Arrivals, Pull, Pulls
 log = logging.getLogger(__name__)
 
 _STATUS_SECONDS = 0.5
+_MOST_AHEAD = 64  # rounds; workers that were cut off may have begun some that nobody made
 _FILLER = 0  # the worker that gives servers what they begin with: all must have it from the same
 _FROM_SERVERS = frozenset(range(Kind.ROUND, Kind.ALIVE + 1))
 
@@ -266,7 +267,7 @@ class Server:
             return self.table.room_for_values(header.key, header.part)
         if self._is_old(header.step):  # its bytes must go somewhere
             return memoryview(bytearray(self.table.gradient_bytes(header.key)))
-        if header.step > self.version + 2 + self.setup.rules.staleness:
+        if header.step > self.version + _MOST_AHEAD + self.setup.rules.staleness:
             raise Malformed(f"a gradient of round {header.step}, after round {self.version}")
         return self.table.room_for_gradient(_source(who, header), header.key)
 

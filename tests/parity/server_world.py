@@ -357,6 +357,16 @@ class World:
             thread.join(PATIENCE)
             assert not thread.is_alive(), f"server {index} does not end"
 
+    def wait_whole(self) -> None:
+        """Wait until all servers are there, and know it."""
+        everybody = set(range(len(self.servers)))
+
+        def is_whole(server: Server) -> bool:
+            links = server.peers.links.keys() | {server.setup.index}
+            return not server._is_guest and server.alive == links == everybody
+
+        wait_for("all servers to be there", lambda: all(map(is_whole, self.servers)))
+
     def wait_version(self, version: int, seconds: float = PATIENCE, *workers: Worker) -> None:
         """Wait until one of `workers` (or any) is told of it."""
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from server_world import World, leaves_nothing, wait_for, world
 
-from bigtrain.errors import CommError
+from bigtrain.errors import BigtrainError
 
 pytestmark = pytest.mark.parity
 
@@ -57,25 +57,10 @@ class Storm:
             self._restart_server()
         while self.away:
             self._join_worker()
-        self.wait_whole()
+        self.some.wait_whole()
         workers = self.some.workers.values()
         rounds = {worker: len(worker.bases) for worker in workers}
         wait_for("all workers", lambda: all(len(w.bases) > rounds[w] + 2 for w in workers))
-
-    def wait_whole(self) -> None:
-        """Wait until all servers are there, and know it."""
-        everybody = set(range(SERVERS))
-
-        def whole() -> bool:
-            servers = self.some.servers
-            return all(
-                server.alive == everybody
-                and not server._is_guest
-                and set(server._servers) == everybody - {server.setup.index}
-                for server in servers
-            )
-
-        wait_for("all servers to be there", whole)
 
     # -- what can happen -----------------------------------------------------------------------
 
@@ -109,13 +94,13 @@ class Storm:
     # -- servers -------------------------------------------------------------------------------
 
     def _kill_server(self) -> str:
-        self.wait_whole()
+        self.some.wait_whole()
         self.down = self.draw.randrange(SERVERS)
         self.some.kill_server(self.down)
         return str(self.down)
 
     def _cut_server_long(self) -> str:
-        self.wait_whole()
+        self.some.wait_whole()
         self.down = self.draw.randrange(SERVERS)
         self.cut_servers.add(self.down)
         self.some.cut("server", self.down, LENGTHY)
@@ -186,7 +171,7 @@ def assert_all_is_well(some: World, storm: Storm) -> None:
     assert len(some.rounds()) == some.steps
     assert len(some.shares()) >= some.steps
     assert set(some.failures) <= storm.cut_servers, some.failures
-    assert all(isinstance(failure, CommError) for failure in some.failures.values())
+    assert all(isinstance(failure, BigtrainError) for failure in some.failures.values())
 
 
 def go_through(events: int, seed: int) -> None:
@@ -196,7 +181,7 @@ def go_through(events: int, seed: int) -> None:
         storm = Storm(some, seed)
         try:
             some.wait_version(3)
-            storm.wait_whole()
+            some.wait_whole()
             for _ in range(events):
                 storm.blow()
             storm.settle()

@@ -17,14 +17,12 @@ from typing import Any
 import pytest
 import torch
 from server_world import (
-    BATCH,
     PATIENCE,
     SIZES,
     TOKEN,
     Worker,
     World,
     alone,
-    bytes_of,
     leaves_nothing,
     specs_of,
     wait_for,
@@ -98,7 +96,7 @@ def test_all_workers_give_what_one_process_does(servers: int, replicas: int) -> 
 
 
 def test_messages_that_come_twice_or_late_change_nothing() -> None:
-    """Pushes and reports are repeated, in another order; old ones come again, with other content."""
+    """Pushes and reports are repeated, in another order; old ones come again, and are wrong."""
     with world(servers=2, replicas=2, workers=3, steps=15) as some:
         some.start(again=True)
         finish(some)

@@ -30,7 +30,9 @@ from bigtrain.server.protocol import (
     numbers,
     proof,
     read_text,
+    section,
     text_frame,
+    whole_numbers,
 )
 
 TENSORS = {Kind.VALUES, Kind.PUSH, Kind.TENSOR}
@@ -201,6 +203,27 @@ def test_lists_of_numbers() -> None:
 def test_what_is_no_list_of_two_numbers(value: Any) -> None:
     with pytest.raises(Malformed):
         numbers({"v": value}, "v", 2 if value == [1, 2, 3] else None)
+
+
+def test_lists_of_whole_numbers() -> None:
+    assert whole_numbers({"v": [0, 2**53]}, "v", 2) == [0, 2**53]
+    assert whole_numbers({"v": []}, "v") == []
+
+
+@pytest.mark.parametrize(
+    "value", [None, 1, "12", [1.0], [math.nan], [True], [-1], ["1"], [2**53 + 1], [[1]], [1, 2, 3]]
+)
+def test_what_is_no_list_of_two_whole_numbers(value: Any) -> None:
+    with pytest.raises(Malformed):
+        whole_numbers({"v": value}, "v", 2 if value == [1, 2, 3] else None)
+
+
+def test_sections() -> None:
+    assert section({"s": {"a": 1}}, "s") == {"a": 1}
+    assert section({}, "s") is section({"s": None}, "s") is None
+    for value in ([], "x", 1, True, 0):
+        with pytest.raises(Malformed):
+            section({"s": value}, "s")
 
 
 # -- who may speak -----------------------------------------------------------------------------

@@ -476,7 +476,7 @@ def test_a_round_that_cannot_be_made_is_opened_again(mode: Mode) -> None:
         say(rounds, 1)
     again = close(rounds)
     assert again.number == closed.number
-    assert again.workers == (1, 2) if mode != "async" else (1,)
+    assert again.workers == ((1, 2) if mode != "async" else (1,))
     assert rounds.shares.returned == [Share(0, 0)]
     (first, *_) = rounds.turns(0.0)
     assert (first.clock, first.share) == (2, Share(0, 0))
@@ -674,6 +674,24 @@ def test_those_that_are_left_may_be_further_than_the_round() -> None:
     closed = close(other)
     assert (closed.number, closed.staleness) == (2, 1)
     assert [(part.worker, part.clock) for part in closed.parts] == [(0, 3), (1, 3)]
+
+
+def test_what_others_have_passed_by_is_too_late() -> None:
+    """Else they, who went on without it, would be too stale when their round comes."""
+    rounds = rounds_of(3, "ssp", version=1, staleness=1)
+    late = Share(BATCH, 2)
+    for worker in (0, 1):
+        rounds.adopt(worker, 0, 3, Share(2 * BATCH, worker), 0.0)
+    assert rounds.close(0.0, BOTH) is None
+    say(rounds, 0)
+    assert [(turn.worker, turn.clock) for turn in rounds.turns(0.0)] == [(0, 4)]
+    rounds.adopt(2, 0, 2, late, 0.0)
+    say(rounds, 2)
+    assert late in rounds.shares.returned
+    assert [(turn.worker, turn.clock) for turn in rounds.turns(0.0)] == [(2, 3)]
+    for worker in (1, 2):
+        say(rounds, worker, clock=3)
+    assert [part.clock for part in close(rounds).parts] == [3, 3, 3]
 
 
 def test_who_does_not_come_to_the_new_board_is_lost() -> None:

@@ -22,7 +22,7 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
         "comm ops",
         "tensor pipeline zero onebit server optim",
         "models data checkpoint observe export plan",
-        "parallelize compose engines trainer train run joined doctor",
+        "parallelize compose engines trainer train run serve joined doctor",
     )
 )
 OUTSIDE = frozenset({"launch", "cli", ""})  # "" is bigtrain/__init__.py
@@ -46,7 +46,13 @@ PURE = (  # files of higher levels that belong to level 0: all may import them, 
     "bigtrain.pipeline.validate",
     "bigtrain.pipeline.wire_faults",
     "bigtrain.pipeline.wires",
+    "bigtrain.server.chaos",
+    "bigtrain.server.environment",
+    "bigtrain.server.placement",
     "bigtrain.server.protocol",
+    "bigtrain.server.rounds",
+    "bigtrain.server.shares",
+    "bigtrain.server.status",
 )
 TORCH_FREE = ("bigtrain.checkpoint.manifest", "bigtrain.checkpoint.report", *PURE)
 DRAWS = frozenset({"bigtrain.pipeline.draw"})  # may import matplotlib, in a function

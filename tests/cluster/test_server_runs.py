@@ -1,0 +1,162 @@
+"""Runs with parameter servers, launched: equal to data parallel, through deaths, and back."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from runs import BIN, SLOW, Bench, Run
+from safetensors.torch import load_file
+
+from bigtrain.checkpoint.manifest import read_manifest
+
+pytestmark = pytest.mark.cluster
+
+SYNC = ("parallel.dp=1", "server.servers=1", "server.mode=sync")
+UNTIED = "model.tie_embeddings=false"  # what stages share is summed in another order
+TWO = ("parallel.dp=1", "server.servers=2", "server.replicas=2", "server.mode=sync")
+
+
+def numbers(run: Run) -> list[tuple[float, float]]:
+    """Return (loss, norm) of each step."""
+    return [(r["loss"], r["grad_norm"]) for r in run.metrics() if "loss" in r]
+
+
+def tensors(run: Run) -> dict[str, list[float]]:
+    """Return all that the last checkpoint has, by name and place."""
+    folder = run.folder / "checkpoints" / run.checkpoints()[-1]
+    found: dict[str, list[float]] = {}
+    for name, tensor in read_manifest(folder).tensors.items():
+        whole = {}
+        for block in tensor.blocks:
+            values = load_file(folder / block.file)[block.key]
+            whole[tuple(block.offsets)] = values.flatten().tolist()
+        found[name] = [value for offsets in sorted(whole) for value in whole[offsets]]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("served", "plain"),
+    [
+        (("server.workers=2",), ("parallel.dp=2",)),
+        (("server.workers=2", "train.precision=bf16"), ("parallel.dp=2", "train.precision=bf16")),
+        (("server.workers=2", "train.microbatch=2"), ("parallel.dp=2", "train.microbatch=2")),
+        (
+            ("server.workers=3", "server.servers=2", "server.replicas=2", "train.global_batch=12"),
+            ("parallel.dp=3", "zero.stage=1", "train.global_batch=12"),
+        ),
+        (("server.workers=2", "parallel.tp=2"), ("parallel.dp=2", "parallel.tp=2")),
+        (
+            ("server.workers=2", "parallel.pp=2", "train.microbatch=2", UNTIED),
+            ("parallel.dp=2", "parallel.pp=2", "train.microbatch=2", UNTIED),
+        ),
+    ],
+)
+def test_sync_is_data_parallel(bench: Bench, served: Sequence[str], plain: Sequence[str]) -> None:
+    """Bit for bit: losses, norms, parameters and moments."""
+    ours = bench.launch(*SYNC, *served, "run.dir=ours")
+    peer = bench.launch(*plain, "run.dir=peer")
+    assert numbers(ours) == numbers(peer)
+    assert ours.validation_losses() == pytest.approx(peer.validation_losses(), rel=1e-12)
+    assert tensors(ours) == tensors(peer)
+    ours.assert_clean()
+
+
+def test_a_run_goes_on_without_servers_and_back(bench: Bench) -> None:
+    whole = bench.launch(*SYNC, "train.steps=9", "schedule.kind=constant", "run.dir=whole")
+    common = ("schedule.kind=constant",)
+    bench.launch(*SYNC, *common, "train.steps=3")
+    bench.launch("parallel.dp=2", "zero.stage=1", *common, "train.steps=6", resume=True)
+    run = bench.launch(*SYNC, *common, "train.steps=9", resume=True)
+    assert np.allclose(numbers(run), numbers(whole), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("server", [0, 1])
+def test_the_end_of_a_server_changes_nothing(bench: Bench, server: int) -> None:
+    """Neither that of the one that keeps the board, nor that of the other."""
+    options = (*TWO, *SLOW, "train.steps=40", "checkpoint.every=20")
+    calm = bench.launch(*options, "run.dir=calm")
+    chaos = ("--chaos", f"kill:server={server},step=10")
+    run = bench.launch(*options, *chaos, "run.dir=killed")
+    assert numbers(run) == numbers(calm)
+    assert tensors(run) == tensors(calm)
+    assert f"server {server}" in run.err
+    run.assert_clean()
+
+
+@pytest.mark.parametrize("mode", ["sync", "local"])
+def test_a_worker_is_killed_and_joins_again(bench: Bench, mode: str) -> None:
+    options = (*SYNC[:2], f"server.mode={mode}", "server.local_steps=4", *SLOW, "train.steps=80")
+    options = options if mode == "local" else (*SYNC, *SLOW, "train.steps=80")
+    run = bench.launch(*options, "--chaos", "kill:worker=1,step=4", "log.sample_ids=true")
+    assert len(run.losses()) == 80
+    assert "worker 1" in run.err
+    assert "started again" in run.err
+    assert "has joined" in run.out
+    run.assert_clean()
+
+
+def test_all_servers_gone_the_run_goes_on_from_its_checkpoint(bench: Bench) -> None:
+    options = (*SYNC, *SLOW, "train.steps=20", "checkpoint.every=5")
+    calm = bench.launch(*options, "run.dir=calm")
+    run = bench.launch(*options, "--chaos", "kill:server=0,step=12", "run.dir=killed")
+    assert numbers(run) == numbers(calm)
+    assert "since the checkpoint of step 10 is lost" in run.err
+    run.assert_clean()
+
+
+def test_all_servers_gone_without_a_checkpoint(bench: Bench) -> None:
+    run = bench.launch(*SYNC, *SLOW, "--chaos", "kill:server=0,step=3", code=None)
+    run.assert_told("SIGKILL")
+
+
+def test_stop_and_resume(bench: Bench) -> None:
+    run = bench.start(*SYNC, *SLOW, "train.steps=60", "schedule.kind=constant")
+    run.wait_step(10)
+    run.send(signal.SIGINT)
+    assert run.wait() == 130, run.shown
+    run.assert_told("stopped after step")
+    run.wait_gone()
+    done = len(run.losses())
+    assert run.checkpoints()[-1] == f"step-{done:08d}"
+    again = bench.launch(
+        *SYNC, *SLOW, f"train.steps={done + 3}", "schedule.kind=constant", resume=True
+    )
+    assert len(again.losses()) == done + 3
+
+
+def test_status(bench: Bench) -> None:
+    bench.launch(*SYNC)
+    done = subprocess.run(
+        [BIN / "bigtrain", "status", "run"], cwd=bench.path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "server 0  lives, keeps the board" in done.stdout
+    assert "worker" in done.stdout
+    missing = subprocess.run(
+        [BIN / "bigtrain", "status", "nowhere"], cwd=bench.path, capture_output=True, text=True
+    )
+    assert missing.returncode == 1
+    assert "there is no status" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--chaos", "nonsense"), "is no event"),
+        (("--chaos", "kill:worker=7,step=1"), "there is no worker 7"),
+        (("server.mode=async",), "adamw with server.mode = async"),
+        (("server.replicas=2",), "server.replicas = 2"),
+    ],
+)
+def test_what_makes_no_sense(bench: Bench, options: Sequence[str], words: str) -> None:
+    run = bench.launch(*SYNC, *options, code=None)
+    run.assert_told(words)
+
+
+def test_chaos_is_for_servers(bench: Bench) -> None:
+    run = bench.launch("--chaos", "kill:worker=1,step=1", code=None)
+    run.assert_told("--chaos is for runs with servers")
