@@ -302,7 +302,7 @@ class Client:
     def opened(self, link: Link, greeting: dict[str, Any]) -> None:
         server, identity = link.target, str(greeting.get("identity"))
         alive = greeting.get("alive") or []  # none: it is not part of the run itself (yet)
-        if server in self._dead or (not alive and server in self._identities):
+        if server in self._dead or not alive:
             link.close("it was given up, or started again, and does not hold what it should")
             return
         if self._identities.get(server, identity) != identity:  # it was let in meanwhile

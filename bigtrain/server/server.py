@@ -78,6 +78,7 @@ class Server:
         self._owed: set[int] = set()  # guests that we must give something
         self._sources: set[int] = set()  # servers that have yet to give us what we are to hold
         self._adopted: dict[str, Any] = {}
+        self._adopting: dict[str, Any] = {}
         self._late: list[tuple[Link, Who, dict[str, Any]]] = []  # what workers declare to a guest
         self._specs: dict[int, BlockSpec] = {}  # all blocks, of which we hold some
         self._about: dict[str, Any] = {}
@@ -401,9 +402,9 @@ class Server:
             "specs": [spec.to_message() for spec in self._specs.values()],
             "sources": sorted(sources),
         }
+        self._adopting = content
         if guest in self._guests:
             self._guests[guest].say(Kind.ADOPT, content)
-        self.order(Kind.ADOPT, content)
 
     def _source_for(self, spec: BlockSpec) -> int:
         return next(server for server in spec.servers if server in self.alive)
@@ -417,7 +418,10 @@ class Server:
             self.table.build()
             self._sources = set(content["sources"])
             self._adopted = content
+            self._answer(sender, Kind.ADOPT, {"guest": guest})  # there is room for it now
             self._see_whether_all_is_here()
+        elif sender == guest:
+            self.order(Kind.ADOPT, self._adopting)
         elif self.setup.index in content["sources"] and guest not in self._guests:
             self._owed.add(guest)  # it has not called us yet
         elif self.setup.index in content["sources"]:

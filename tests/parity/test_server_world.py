@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,14 @@ def finish(some: World) -> None:
     some.wait()
     some.rounds()
     some.shares()
+
+
+def finish_at(some: World, version: int, workers: Iterable[Worker]) -> None:
+    """Let workers leave at a version that is not here yet."""
+    some.steps = version
+    for worker in workers:
+        worker.leave_at = version
+    finish(some)
 
 
 # -- nobody is disturbed ---------------------------------------------------------------------------
@@ -155,6 +163,38 @@ def test_a_server_is_started_again_before_its_end_was_noticed() -> None:
         some.wait_version(25)
         some.kill_server(1)
         some.server(1, incarnation=2)
+        finish(some)
+        some.wait_servers()
+        assert_as_alone(some)
+        assert_copies_equal(some)
+
+
+def test_a_server_is_given_its_blocks_by_several_others() -> None:
+    """Each of three holds what it shares with either of the others."""
+    with world(servers=3, replicas=2, workers=2, steps=10**6) as some:
+        workers = some.start(seconds=0.01)
+        some.wait_version(3)
+        some.wait_whole()
+        for incarnation in (1, 2):
+            for victim in range(3):
+                some.kill_server(victim)
+                some.wait_version(some.version + 3)
+                some.server(victim, incarnation)
+                some.wait_whole()
+        finish_at(some, some.version + 3, workers)
+        some.wait_servers()
+        assert_as_alone(some)
+        assert_copies_equal(some)
+        assert not some.failures
+
+
+def test_the_board_is_started_again_within_a_round() -> None:
+    """It comes back as the youngest before workers have anything to tell: another keeps it."""
+    with world(servers=2, replicas=2, workers=3, steps=5) as some:
+        some.start(seconds=0.6)
+        some.wait_version(2)
+        some.kill_server(0)
+        some.server(0, incarnation=1)
         finish(some)
         some.wait_servers()
         assert_as_alone(some)
@@ -249,10 +289,7 @@ def test_a_worker_is_killed(victim: int) -> None:
         workers[victim].vanish()
         killed, others = some.version, [w for w in workers if w is not workers[victim]]
         some.wait_version(killed + 3, 2.0, *others)
-        some.steps = some.version + 5
-        for worker in others:
-            worker.leave_at = some.steps
-        finish(some)
+        finish_at(some, some.version + 5, others)
         assert workers_of(some, killed + 2) == {tuple(sorted(w.index for w in others))}
 
 
@@ -340,13 +377,56 @@ def test_a_worker_is_cut_off_for_longer(victim: int) -> None:
         some.wait_version(some.version + 15, PATIENCE, *others)
         known = len(workers[victim].bases)
         wait_for("it to take part again", lambda: len(workers[victim].bases) > known + 5)
-        some.steps = some.version + 10
-        for worker in workers:
-            worker.leave_at = some.steps
-        finish(some)
+        finish_at(some, some.version + 10, workers)
         assert {0, 1, 2} - {victim} in [set(found) for found in workers_of(some)]
         assert workers_of(some, some.steps - 3) == {(0, 1, 2)}
         assert not some.failures
+
+
+def test_a_worker_joins_while_a_server_is_cut_off() -> None:
+    """It is told of a server that is about to be given up, and does not wait for it for ever."""
+    with world(servers=2, replicas=2, workers=3, steps=10**6) as some:
+        workers = some.start(seconds=0.01)
+        some.wait_version(5)
+        workers[1].vanish()
+        some.cut("server", 1, 3.0)
+        back = some.worker(1, 1, seconds=0.01)
+        wait_for("it to take part", lambda: len(back.bases) > 2, 10.0)
+        finish_at(some, some.version + 5, some.workers.values())
+
+
+def test_a_worker_joins_while_a_server_waits_to_be_let_in() -> None:
+    with world(servers=2, replicas=2, workers=3, steps=6) as some:
+        workers = some.start(seconds=0.4)
+        some.wait_version(1)
+        workers[2].vanish()
+        some.kill_server(1)
+        some.server(1, incarnation=1)
+        some.worker(2, 1, seconds=0.4)
+        finish(some)
+        some.wait_servers()
+        assert (0, 1, 2) in workers_of(some, 3)
+        assert_copies_equal(some)
+
+
+def test_a_worker_that_was_cut_off_finds_servers_that_came_back() -> None:
+    """It knows that one is gone, not that it came back; the other was started again since."""
+    with world(servers=2, replicas=2, workers=3, steps=10**6) as some:
+        workers = some.start(seconds=0.01)
+        some.wait_version(3)
+        some.wait_whole()
+        some.kill_server(1)
+        some.wait_version(some.version + 3)
+        some.cut("worker", 2, 4.0)
+        for victim, incarnation in ((1, 1), (0, 1)):
+            some.server(victim, incarnation)
+            some.wait_whole()
+            if victim == 1:
+                some.kill_server(0)
+        known = len(workers[2].bases)
+        wait_for("it to take part again", lambda: len(workers[2].bases) > known + 5, 15.0)
+        finish_at(some, some.version + 5, workers)
+        assert workers_of(some, some.steps - 3) == {(0, 1, 2)}
 
 
 # -- rounds ----------------------------------------------------------------------------------------
