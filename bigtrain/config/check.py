@@ -179,7 +179,7 @@ def _batch(config: Config, world_size: int | None) -> Iterator[Problem]:
         legal = _divisors_near(per_rank, microbatch)
         yield Problem(
             f"train.microbatch = {microbatch} does not divide a rank's share: "
-            f"{batch} / ({'' if config.server.servers else 'dp='}{dp}) = {per_rank} samples",
+            f"{batch} / {dp if config.server.servers else f'(dp={dp})'} = {per_rank} samples",
             why="a step is a whole number of microbatches on every rank",
             mend=f"set train.microbatch to one of {legal}",
             keys=("train.microbatch", *keys),

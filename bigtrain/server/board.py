@@ -223,6 +223,8 @@ class Board:
 
     def on_worker_left(self, worker: int) -> None:
         """A worker has done what it was to do."""
+        self._expected.discard(worker)
+        self._turns.pop(worker, None)
         self.rounds.lost(worker)
         self._check_sums()
 
@@ -305,7 +307,8 @@ class Board:
 
     def _check_sums(self) -> None:
         for name, one in list(self._sums.items()):
-            due = [w for w in one.workers if w in self.rounds.members or w in one.offers]
+            there = {*self.rounds.members, *self._expected, *one.offers}
+            due = [w for w in one.workers if w in there]
             if all(w in one.offers for w in due):
                 del self._sums[name]
                 values = [sum(column) for column in zip(*one.offers.values(), strict=True)]
@@ -377,11 +380,8 @@ class Board:
     def _begin_first_half(self, closed: Closed, rounds: dict[str, Any]) -> None:
         self._closed, self._answers = closed, {}
         alive = sorted(self.voice.alive)
-        floor = 0 if self.rounds.rules.mode == "async" else closed.number
-        self.voice.order(
-            Kind.ROUND,
-            {"closed": closed.to_message(), "alive": alive, "floor": floor, "rounds": rounds},
-        )
+        message = {"closed": closed.to_message(), "alive": alive, "rounds": rounds}
+        self.voice.order(Kind.ROUND, message)
 
     def _begin_second_half(self, message: dict[str, Any]) -> None:
         self._waiting_for = set(self.voice.alive)

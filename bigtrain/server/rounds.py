@@ -184,9 +184,8 @@ class Rounds:
             member.reports[report.clock] = report
 
     def hold(self, worker: int) -> None:
-        """Close no round without this worker: it saves what the last one has made."""
-        if worker in self.members:
-            self.holder = worker
+        """Close no round without this worker, while it is there: it saves the last one's result."""
+        self.holder = worker
 
     # -- what follows --------------------------------------------------------------------------
 
@@ -296,9 +295,9 @@ class Rounds:
     def _is_held(self, clock: int, chosen: Collection[int]) -> bool:
         """Is the holder not among them, though it can be?"""
         assert self.holder is not None
-        if self.holder in chosen:
+        member = self.members.get(self.holder)
+        if self.holder in chosen or member is None:
             return False
-        member = self.members[self.holder]
         return clock in member.reports or (member.counted < clock and member.clock <= clock)
 
     def turns(self, now: float) -> list[Turn]:

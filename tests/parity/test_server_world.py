@@ -188,11 +188,15 @@ def test_a_server_is_given_its_blocks_by_several_others() -> None:
         assert not some.failures
 
 
-def test_the_board_is_started_again_within_a_round() -> None:
+@pytest.mark.parametrize("servers", [2, 3])
+def test_the_board_is_started_again_within_a_round(servers: int) -> None:
     """It comes back as the youngest before workers have anything to tell: another keeps it."""
-    with world(servers=2, replicas=2, workers=3, steps=5) as some:
-        some.start(seconds=0.6)
+    with world(servers=servers, replicas=2, workers=3, steps=5, lease=2.0) as some:
+        some.start(seconds=0.7)
+        some.wait_version(1)
+        some.wait_whole()
         some.wait_version(2)
+        some.cut("server", 1, 0.3)  # it notices both at once: the end, and who comes back
         some.kill_server(0)
         some.server(0, incarnation=1)
         finish(some)

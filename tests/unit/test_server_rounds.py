@@ -360,8 +360,22 @@ def test_a_holder_that_is_lost_holds_nothing() -> None:
         else:
             rounds.ready(0, 1, 0.0)
         assert close(rounds).workers == (1,)
+
+
+def test_a_holder_that_is_not_there_holds_nothing_until_it_comes() -> None:
+    """A new board learns who holds a round before that worker has told where it is."""
+    rounds = begun(2, quorum=1, grace_seconds=0.0)
     rounds.hold(7)
-    assert rounds.holder is None, "there is no such worker"
+    say(rounds, 1)
+    assert close(rounds).workers == (1,)
+    taken = rounds_of(2, quorum=1, grace_seconds=0.0)
+    taken.hold(0)
+    taken.adopt(1, 0, 1, Share(0, 1), 0.0)
+    taken.adopt(0, 0, 1, Share(0, 0), 0.0)
+    say(taken, 1)
+    assert taken.close(0.0, BOTH) is None
+    say(taken, 0)
+    assert close(taken).workers == (0, 1)
 
 
 def test_a_holder_that_is_further_holds_nothing() -> None:
