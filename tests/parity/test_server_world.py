@@ -511,7 +511,8 @@ def test_async_rounds_are_of_one_worker_each() -> None:
         assert all(p.isfinite().all() for worker in workers for p in worker.params)
 
 
-def test_a_held_round_waits_for_its_speaker() -> None:
+@pytest.mark.parametrize("board_dies", [False, True])
+def test_a_held_round_waits_for_its_speaker(board_dies: bool) -> None:
     """Two others would be enough, and are ready; what the speaker saves is not overtaken."""
     done = threading.Event()
 
@@ -521,12 +522,16 @@ def test_a_held_round_waits_for_its_speaker() -> None:
             assert done.wait(PATIENCE)
 
     try:
-        with world(workers=3, steps=20, quorum=1, grace_seconds=0.0, held=frozenset({5})) as some:
+        rules = {"quorum": 1, "grace_seconds": 0.0}
+        copies = {"servers": 2, "replicas": 2}
+        with world(workers=3, steps=20, held=frozenset({5}), **rules, **copies) as some:
             # The others are slower, so that worker 0 is in round 5, and speaks.
             some.worker(0, busy=busy)
             others = [some.worker(index, seconds=0.03) for index in (1, 2)]
             some.wait_version(5)
             wait_for("the others", lambda: all(w.bases[-1:] >= [(6, 0)] for w in others))
+            if board_dies:
+                some.kill_server(0)
             time.sleep(0.4)  # more than any round takes
             assert some.version == 5
             done.set()
