@@ -204,21 +204,27 @@ class ServedRun:
             outcome(part.team.job, part.team.ranks, self._asked.numbers)
             return
         except Ended as ended:
-            part.ended = ended
+            part.ended = Ended(ended.exit_code, self._named(part, str(ended)), ended.asked)
         others = [other for other in self._of(part.role) if other.runs]
         if self._asked.numbers:
             return
-        line = str(part.ended).partition("\n")[0].replace("rank 0 ", "", 1)
+        line = str(part.ended).partition("\n")[0]
         can_return = part.role == "worker" or (
             self.config.server.replicas > 1 and self.config.server.mode in ("sync", "local")
         )
         again = can_return and part.was_killed and others
         if again and part.incarnation < self.config.server.restarts:
             part.start_at, part.is_over = now + _RESTART_SECONDS, False
-            self.say(f"{part.who} {line}; it is started again")
+            self.say(f"{line}; it is started again")
         elif others:
             count = f"{len(others)} of {len(self._of(part.role))}"
-            self.say(f"{part.who} {line}; the run goes on with {count}")
+            self.say(f"{line}; the run goes on with {count}")
+
+    def _named(self, part: _Part, text: str) -> str:
+        """Say of a rank which server or worker it is (part of)."""
+        if part.role == "server" or self.plan.ranks_per_node == 1:
+            return text.replace("rank 0", part.who, 1)
+        return f"{part.who}, {text}"
 
     def _start_again(self, part: _Part) -> None:
         make = self._worker if part.role == "worker" else self._server
@@ -259,8 +265,7 @@ class ServedRun:
         asked = self._asked.numbers
         ends = [part.ended for part in (*self._of("server"), *workers) if part.ended is not None]
         orderly = [e for e in ends if asked and e.exit_code == stop_code(asked[0])]
-        told = [e for e in ends if "server" in str(e)]
-        raise (orderly or told or ends)[0]
+        raise (orderly or ends)[0]
 
 
 def lead_served(
@@ -295,6 +300,11 @@ def lead_served(
         except Ended as ended:
             newest = folder.newest_step
             again = run.has_lost_servers and newest
+            if ended.asked is None and run.has_lost_servers and not newest:
+                text = (
+                    f"{ended}\n  (there is no checkpoint to go on from: set checkpoint.every, or "
+                )
+                raise Ended(ended.exit_code, f"{text}server.replicas=2)", None) from None
             if not again or ended.asked is not None or restarts >= config.server.restarts:
                 raise
             say(

@@ -110,7 +110,7 @@ def test_all_servers_gone_the_run_goes_on_from_its_checkpoint(bench: Bench) -> N
 
 def test_all_servers_gone_without_a_checkpoint(bench: Bench) -> None:
     run = bench.launch(*SYNC, *SLOW, "--chaos", "kill:server=0,step=3", code=None)
-    run.assert_told("SIGKILL")
+    run.assert_told("server 0 was ended by SIGKILL", "no checkpoint to go on from")
 
 
 def test_stop_and_resume(bench: Bench) -> None:
