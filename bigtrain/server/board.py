@@ -296,7 +296,9 @@ class Board:
 
     def on_offer(self, worker: int, content: Mapping[str, Any]) -> None:
         """A worker has numbers to be added up with those of the other workers of the last round."""
-        name = str(content.get("name"))
+        name = content.get("name")
+        if not isinstance(name, str):
+            raise Malformed("an offer without a name")
         workers, values = tuple(whole_numbers(content, "workers")), numbers(content, "values")
         known = self._sums.get(name)
         for others in known.offers.values() if known is not None else ():

@@ -309,9 +309,7 @@ class Client:
             for servers in self._have.values():
                 servers.discard(server)
         self._identities[server] = identity
-        if self._turn is None and alive:  # later, the board says who is gone
-            self._order = [int(s) for s in alive]
-            self._give_up(set(range(len(self.addresses))) - set(self._order))
+        self._take_alive(alive)
         self._links[server] = link
         self._nobody.discard(server)
         link.say(Kind.DECLARE, {"blocks": [spec.to_message() for spec in self._specs.values()]})
@@ -393,6 +391,8 @@ class Client:
             self.wanted[link.target] = content
         elif kind is Kind.TURN:
             self._on_turn(content)
+        elif kind is Kind.ALIVE:
+            self._take_alive(content["alive"])
         elif kind is Kind.TOTAL:
             self._totals[str(content["name"])] = content["values"]
         else:
@@ -402,15 +402,20 @@ class Client:
     def _on_turn(self, turn: dict[str, Any]) -> None:
         if self._turn is not None and turn["clock"] <= self._turn["clock"]:
             return
-        self._turn, self._report, self._order = turn, None, turn["alive"]
+        self._turn, self._report = turn, None
         for clock in [clock for clock in self._pushes if clock < turn["clock"]]:
             del self._pushes[clock]
         for clock in [clock for clock in self._have if clock < turn["clock"]]:
             del self._have[clock]
-        for server in set(turn["alive"]) & self._dead:  # it was started again, and was let in
-            self._dead.discard(server)
-            self._identities.pop(server, None)
-        self._give_up(set(range(len(self.addresses))) - set(turn["alive"]))
+        self._take_alive(turn["alive"])
+
+    def _take_alive(self, alive: Sequence[int]) -> None:
+        """Servers that live have changed, or are told again, in the order in which they are to keep
+        the board."""
+        self._order = [int(server) for server in alive]
+        self._dead -= set(self._order)  # it was started again, and was let in
+        self._give_up(set(range(len(self.addresses))) - set(self._order))
+        self._check_in()
 
     def _give_up(self, servers: set[int]) -> None:
         """Do without servers that the others do without."""

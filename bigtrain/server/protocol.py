@@ -64,7 +64,7 @@ class Kind(enum.IntEnum):
     STATE = 34  # server, to a new board: the rounds that it knows of
     ADOPT = 35  # board, to servers and a guest: give it what it is to hold
     JOINED = 36  # guest, to the board: I have all
-    ALIVE = 37  # board, to servers: it is one of us
+    ALIVE = 37  # board, to servers: it is one of us; server, to workers: these live
 
 
 _TENSORS = frozenset({Kind.VALUES, Kind.PUSH, Kind.TENSOR})

@@ -175,7 +175,8 @@ class Server:
             if known.who.incarnation > who.incarnation:
                 raise Malformed(f"{who} was started again since")
             known.close("it has come by another link")
-        return {"identity": self.identity, "alive": [] if self._is_guest else self.seniority}
+        knows = not self._is_guest and self.may_decide
+        return {"identity": self.identity, "alive": self.seniority if knows else []}
 
     def opened(self, link: Link, greeting: dict[str, Any]) -> None:
         who = link.who
@@ -225,10 +226,17 @@ class Server:
                     "run survives the end of more servers",
                 )
             )
+        self._tell_who_lives()
         self._see_who_keeps_the_board()
         if self._board is not None:
             self._board.on_server_lost(time.monotonic())
             self._go_on(time.monotonic())
+
+    def _tell_who_lives(self) -> None:
+        """Tell workers: whoever waits for a server that is gone, or at another board, must know."""
+        if self.may_decide:
+            for link in list(self._workers.values()):
+                link.say(Kind.ALIVE, {"alive": self.seniority})
 
     def _lose_worker(self, who: Who, why: str) -> None:
         if who.index == _FILLER and not self._is_filled:
@@ -466,6 +474,7 @@ class Server:
     def _on_alive(self, server: int) -> None:
         if server in self._guests:
             self.peers.take_back(server, self._guests.pop(server))
+            self._tell_who_lives()
 
     # -- gradients and parameters --------------------------------------------------------------
 

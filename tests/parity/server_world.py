@@ -423,7 +423,7 @@ class World:
                 names = ("version", "members", "holder")
                 lines.append(f"  rounds: {_of(server._board.rounds, *names)}")
         for worker in self.all_workers:
-            names = ("_links", "_dead", "_turn", "_report", "_have", "_pulls", "_failure")
+            names = ("_links", "_dead", "_order", "_turn", "_report", "_have", "_pulls", "_failure")
             runs = "runs" if worker.is_alive() else "has ended"
             about = f"error {worker.error!r}, {_of(worker.client, *names)}"
             lines.append(f"{worker.name} {runs}: {about}")
