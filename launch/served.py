@@ -150,8 +150,10 @@ class ServedRun:
 
     @property
     def _goes_on(self) -> bool:
-        """Is there a worker, and a server for it?"""
-        return all(any(part.runs for part in self._of(role)) for role in ("worker", "server"))
+        """Does a worker run, and has it servers, or had them as long as it needed them?"""
+        servers = self._of("server")
+        lost = not any(part.runs for part in servers) and self.has_lost_servers
+        return any(part.runs for part in self._of("worker")) and not lost
 
     def _of(self, role: str) -> list[_Part]:
         return [part for part in self.parts if part.role == role]

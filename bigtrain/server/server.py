@@ -93,7 +93,7 @@ class Server:
         self._updating = False
         self._jobs = ThreadPoolExecutor(1, thread_name_prefix="bigtrain updates")
         self._told: set[tuple[int, int]] = set()  # who knows whether we want its values
-        self._someone_left = self._is_over = False
+        self._someone_left = self._is_told_over = self._is_over = False
         self._status_at = 0.0
         self._begun = time.monotonic()
         self._rate: list[tuple[float, int]] = []
@@ -208,7 +208,7 @@ class Server:
             self._lose_worker(who, why)
 
     def _lose_server(self, server: int, why: str, *, silent: bool = False) -> None:
-        at_end = self._is_over or (self._someone_left and not self._workers)
+        at_end = self._is_over or self._is_told_over
         if at_end or server in self.peers.dead:
             return
         if self._is_guest:
@@ -246,7 +246,13 @@ class Server:
         if self._board is not None:
             self._board.on_worker_lost(who.index, why)
             self._go_on(time.monotonic())
-        if self._someone_left and not self._workers:  # nobody will come again
+        self._end_if_over()
+
+    def _end_if_over(self) -> None:
+        """End when all workers have left. Whether they have, the board knows: a server that was let
+        in just now has not seen all of them."""
+        knows = self._is_told_over or (self._board is not None and self._board.active)
+        if self._someone_left and knows and not self._workers and not self._is_over:
             self.peers.say(Kind.BYE)
             self.stop()
 
@@ -290,7 +296,9 @@ class Server:
         if not both and (header.kind in _FROM_SERVERS) != (who.role == "server"):
             raise Malformed(f"{header.kind.name} from {who}")
         if header.kind is Kind.BYE and who.role == "server":
-            self.peers.lose(who.index, silent=False)  # all is over, as we shall see
+            self.peers.lose(who.index, silent=False)
+            self._someone_left = self._is_told_over = True
+            self._end_if_over()
         elif header.kind is Kind.VALUES:
             pass  # they are in their place
         elif header.kind is Kind.FILLED and who.role == "server":
@@ -636,6 +644,7 @@ class Server:
             self.loop.due = min(self.loop.due, now + max(later, 0.001))
 
     def tick(self, now: float) -> None:
+        self._end_if_over()
         # Those before us listen, we call; a guest calls all.
         self.peers.call(self.loop, now, everybody=self._is_guest)
         if now - self._begun > self.setup.rules.join_seconds and not self._is_guest:
