@@ -36,6 +36,7 @@ from bigtrain.observe.progress import make_display, setup_logging
 from bigtrain.observe.records import EvalRecord, SaveRecord, StepRecord
 from bigtrain.ops.library import library_of
 from bigtrain.run_folder import RunFolder, begin, explained_io, open_run
+from bigtrain.server.environment import Environment
 from bigtrain.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -196,17 +197,21 @@ def _loop(trainer: Trainer, folder: RunFolder, console: Console | None) -> float
     config, rank = trainer.config, trainer.mesh.rank
     with explained_io(folder.path):
         metrics = Metrics(folder.metrics, folder.tensorboard, trainer.step) if rank == 0 else None
-        ids = folder.samples / f"rank-{rank}.jsonl"
+        path = folder.samples / _samples_name(config, rank)
         mesh = trainer.mesh
     reads = config.log.sample_ids and mesh.pp.rank == mesh.cp.rank == mesh.tp.rank == 0
-    samples = JsonLines(ids) if reads else None  # ranks of one replica read the same
+    samples = JsonLines(path) if reads else None  # ranks of one replica read the same
 
     def record_it(record: StepRecord | EvalRecord | SaveRecord) -> None:
         with explained_io(folder.path):
             if metrics is not None:
                 metrics.add(record)
-            if samples is not None and isinstance(record, StepRecord):
-                samples.add({"step": record.step, "ids": record.sample_ids})
+
+    def record_samples() -> None:
+        if samples is not None:
+            with explained_io(folder.path):
+                for step, ids in trainer.clock.counted():
+                    samples.add({"step": step, "ids": ids})
 
     display = make_display(
         console, trainer.step, config.train.steps, config.log.every, trainer.source.unit
@@ -223,6 +228,7 @@ def _loop(trainer: Trainer, folder: RunFolder, console: Console | None) -> float
     try:
         for record in trainer.steps():
             record_save()
+            record_samples()
             if trainer.speaks:
                 display.step(record)
                 record_it(record)
@@ -247,6 +253,12 @@ def _loop(trainer: Trainer, folder: RunFolder, console: Console | None) -> float
             mend=f"go on with: bigtrain launch {folder.config} --resume",
         )
     return validation_loss
+
+
+def _samples_name(config: Config, rank: int) -> str:
+    """Return the name of the file of what this rank reads; workers have ranks of their own."""
+    worker = Environment.read().worker if config.server.servers else None
+    return f"rank-{rank}.jsonl" if worker is None else f"worker-{worker}-rank-{rank}.jsonl"
 
 
 def _evaluation_is_due(config: Config, step: int) -> bool:

@@ -252,6 +252,8 @@ class Trainer:
         )
         self.path.finish()
         summing[0].wait()
+        samples = [int(i) for number in sorted(micros.ids) for i in micros.ids[number]]
+        self.clock.read(samples)
         loss_sum, items, *votes = self.clock.agree(totals / self._num_holders).tolist()
 
         # Losses were weighted as if there were `nominal` items, and scaled; `correction` makes
@@ -276,7 +278,6 @@ class Trainer:
             self.stop_signal = number if vote else self.stop_signal
         speed = items * self.clock.fellows / (time.perf_counter() - begin)
         mean = loss_sum / items if items > 0 else 0.0
-        samples = [int(i) for number in sorted(micros.ids) for i in micros.ids[number]]
         shown = scale if self.dtype is torch.float16 else None
         skipped = not finite
         return StepRecord(self.step, mean, norm, rate, round(items), speed, skipped, samples, shown)

@@ -31,6 +31,7 @@ _POLL_SECONDS = 0.03
 _END_SECONDS = 3.0  # that the other ranks of a worker have when one has failed
 _RESTART_SECONDS = 1.0  # before a worker is started again
 _SERVERS_SECONDS = 10.0  # that servers have to end when all workers have
+_ASKED_SECONDS = 0.5  # until they are told to, if workers were: these may not have begun
 
 
 @dataclass
@@ -241,7 +242,8 @@ class ServedRun:
 
     def _end_servers(self) -> None:
         """Servers end when workers have said goodbye; else they are told to."""
-        asked_at = time.monotonic() + _SERVERS_SECONDS / 2
+        patience = _ASKED_SECONDS if self._asked.numbers else _SERVERS_SECONDS / 2
+        asked_at = time.monotonic() + patience
         deadline, asked = asked_at + _SERVERS_SECONDS, False
         while time.monotonic() < deadline:
             for part in self._of("server"):

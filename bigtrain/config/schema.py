@@ -332,7 +332,8 @@ class LogSection(Section):
     every: PositiveInt = 10
     """Steps between two lines on the screen; metrics.jsonl has every step."""
     sample_ids: bool = False
-    """Record the samples of every step in samples/rank-N.jsonl, N the first rank of a replica."""
+    """Record the samples of every step in samples/rank-N.jsonl, N the first rank of a replica. With
+    servers each worker has files of its own, samples/worker-W-rank-N.jsonl."""
 
 
 def _kind_or_factory(default: str, factory: bool = True) -> Discriminator:

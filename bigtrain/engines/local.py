@@ -107,6 +107,16 @@ class LocalClock:
         self.seat.begin()
         self._meet()
 
+    def read(self, samples: list[int]) -> None:
+        self.seat.read(samples)
+
+    def counted(self) -> list[tuple[int, list[int]]]:
+        return [
+            ((number - 1) * self.each + step, samples)
+            for number, steps in self.seat.counted()
+            for step, samples in enumerate(steps, 1)
+        ]
+
     def agree(self, totals: torch.Tensor) -> torch.Tensor:
         self._totals = totals.clone() if self._totals is None else self._totals + totals
         return totals

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -113,6 +113,7 @@ class OwnClock:
     dp: Axis
     step: int = 0
     cursor: int = 0
+    samples: list[int] = field(default_factory=list)
     speaks = True
     has_begun = False
     fellows = 1
@@ -126,6 +127,12 @@ class OwnClock:
 
     def begin(self, items_per_sample: int) -> None:
         pass
+
+    def read(self, samples: list[int]) -> None:
+        self.samples = samples
+
+    def counted(self) -> list[tuple[int, list[int]]]:
+        return [(self.step, self.samples)]
 
     def agree(self, totals: torch.Tensor) -> torch.Tensor:
         return totals

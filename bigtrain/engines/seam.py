@@ -159,6 +159,13 @@ class Clock(Protocol):
     def begin(self, items_per_sample: int) -> None:
         """Before the first step, once parameters are as they are to be."""
 
+    def read(self, samples: list[int]) -> None:
+        """Note which samples this rank has read in the step that it takes; before `agree`."""
+
+    def counted(self) -> list[tuple[int, list[int]]]:
+        """Return what this rank has read that is in updates, as far as is known after `advance` and
+        was not told before: (step, samples)."""
+
     def agree(self, totals: torch.Tensor) -> torch.Tensor:
         """Return the sum of `totals` over all worlds whose gradients are in the update; after
         `Gradients.finish`."""

@@ -17,6 +17,8 @@ from bigtrain.server.environment import Environment
 from bigtrain.server.protocol import Who
 from bigtrain.server.table import BlockSpec
 
+_MOST_UNTOLD = 64  # rounds; the board tells with each turn which ones count
+
 
 class Seat:
     """Speaks with servers for the ranks of one worker: rank 0 with the board, each with its own.
@@ -42,6 +44,7 @@ class Seat:
         self.turn: dict[str, Any] = {"clock": 0}
         self.outcome: dict[str, Any] | None = None
         self.is_new = False
+        self._read: dict[int, list[list[int]]] = {}  # round -> samples of each step of it
 
     def start(self, specs: Sequence[BlockSpec]) -> None:
         """Declare this rank's blocks to servers."""
@@ -72,6 +75,20 @@ class Seat:
         self.turn = all_gather_object(turn, self.mesh.world, "the board's word")[0]
         self.outcome = self.turn["outcome"]
         self.is_new = self.outcome is not None and self.outcome["number"] > known
+
+    def read(self, samples: list[int]) -> None:
+        """Note what this rank has read in a step of the round that it is at work on."""
+        clock = self.turn["clock"]
+        self._read.setdefault(clock, []).append(samples)
+        # Others read what came too late.
+        oldest = clock - self.server.staleness - _MOST_UNTOLD
+        self._read = {c: steps for c, steps in self._read.items() if c >= oldest}
+
+    def counted(self) -> list[tuple[int, list[list[int]]]]:
+        """Return what this rank has read and is in updates, as the board has told since the last
+        call: (number of the update, samples of each step)."""
+        used = [(c, number) for c, number in self.turn.get("used", []) if c in self._read]
+        return [(number, self._read.pop(clock)) for clock, number in used]
 
     @property
     def workers(self) -> list[int]:

@@ -79,6 +79,12 @@ class ServedClock:
         self._go_on()
         self.path.publish()
 
+    def read(self, samples: list[int]) -> None:
+        self.seat.read(samples)
+
+    def counted(self) -> list[tuple[int, list[int]]]:
+        return [(number, samples) for number, [samples] in self.seat.counted()]
+
     def agree(self, totals: torch.Tensor) -> torch.Tensor:
         self.seat.report(self.sync.version, totals)
         self.sync.pull(self.seat.turn["version"])

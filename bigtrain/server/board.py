@@ -116,6 +116,8 @@ class Board:
         self._answers: dict[int, float] = {}
         self._waiting_for: set[int] = set()  # servers, in the second half
         self._turns: dict[int, dict[str, Any]] = {}  # the last that each worker was told
+        # (worker, incarnation) -> its rounds that are in updates, until it knows: (its, the update)
+        self._used: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._expected: set[int] = set()  # workers that took part when the board before died
         self._expected_until = 0.0
         self._states: dict[int, dict[str, Any]] = {}
@@ -217,6 +219,9 @@ class Board:
         member, told = self.rounds.members.get(worker), self._turns.get(worker)
         if member is None:
             return
+        if told is not None and report.clock == told["clock"]:  # it has that turn
+            used = self._used.get((worker, member.incarnation), [])
+            self._used[worker, member.incarnation] = [u for u in used if u not in told["used"]]
         if report.clock < member.clock and report.clock not in member.reports and told is not None:
             self.voice.tell(worker, Kind.TURN, told)  # it was lost with a link
         self.rounds.report(worker, report)
@@ -368,6 +373,7 @@ class Board:
             self.voice.tell(turn.worker, Kind.TURN, self._turns[turn.worker])
 
     def _turn_message(self, turn: Turn) -> dict[str, Any]:
+        incarnation = self.rounds.members[turn.worker].incarnation
         return {
             "clock": turn.clock,
             "share": [turn.share.cursor, turn.share.number],
@@ -377,6 +383,7 @@ class Board:
             "workers": self.rounds.rules.workers,
             "alive": self.voice.seniority,
             "outcome": self.outcome,
+            "used": list(self._used.get((turn.worker, incarnation), [])),
         }
 
     def _begin_first_half(self, closed: Closed, rounds: dict[str, Any]) -> None:
@@ -393,6 +400,9 @@ class Board:
         if self._closed is None or self._waiting_for:
             return
         closed, self._closed = self._closed, None
+        for part in closed.parts:
+            used = self._used.setdefault((part.worker, part.incarnation), [])
+            used.append((part.clock, closed.number))
         if self.policy.is_held(closed):
             self.rounds.hold(closed.speaker)
         if self._waiting is not None:  # nobody is at work on a round now

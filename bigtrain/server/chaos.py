@@ -5,7 +5,8 @@
     cut:worker=1,step=20,seconds=5   nothing passes on any of its links, for that time
     delay:worker=1,step=20,seconds=2,ms=50   each frame that it sends waits that long
 
-The process that is meant does it to itself when it gets to that step.
+The process that is meant does it to itself: a server after that step's update, a worker once its
+part of that step is computed.
 """
 
 from __future__ import annotations

@@ -130,8 +130,6 @@ class Client:
             None,  # others may be slow; who is gone is noticed
         )
         assert self._turn is not None
-        for event in self.chaos.due(self._turn["clock"]):
-            self._loop.suffer(event)
         return self._turn
 
     def push(self, clock: int, key: int, gradient: memoryview) -> None:
@@ -152,6 +150,8 @@ class Client:
         Raises:
             CommError: no server is left.
         """
+        for event in self.chaos.due(clock) if self.who.rank == 0 else ():
+            self._loop.suffer(event)
         self._wait("servers to have our gradients", lambda: self._has_arrived(clock))
         return sorted(self._complete(clock))
 
@@ -285,7 +285,7 @@ class Client:
     def _see_whether_alone(self, now: float) -> None:
         """Give up if servers are gone for good; where the network is cut, it may heal."""
         self._alone_since = None if self._links else self._alone_since or now
-        if self._alone_since is None or not self.wanted:
+        if self._alone_since is None or not (self.wanted or self._refusal):
             return
         gone = bool(self._refusal) or self._nobody >= self.alive
         patience = 2 * self.lease_seconds if gone else self.patience_seconds
@@ -312,6 +312,7 @@ class Client:
         self._take_alive(alive)
         self._links[server] = link
         self._nobody.discard(server)
+        self._refusal = ""
         link.say(Kind.DECLARE, {"blocks": [spec.to_message() for spec in self._specs.values()]})
         for clock, pushes in self._pushes.items():
             for key, gradient in pushes.items():
@@ -326,8 +327,8 @@ class Client:
             del self._links[server]
         if link.connecting and why == os.strerror(errno.ECONNREFUSED):
             self._nobody.add(server)
-        if link.refused and server in self.wanted:
-            self._refusal = why  # it ends
+        if link.refused and (link.ends or server in self.wanted):
+            self._refusal = why  # others may go on, and have us
         elif link.refused:
             self._fail(
                 f"server {server} has refused worker {self.who.index}",

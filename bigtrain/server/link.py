@@ -89,6 +89,7 @@ class Link:
         self.target = target  # the server that was called
         self.who: Who | None = None
         self.open, self.silent, self.refused = True, False, False
+        self.ends = False  # has the peer refused us because it ends itself?
         self.connecting = calls is not None
         self.since = self.heard = self.said = time.monotonic()
         self.nonce = nonce()
@@ -127,19 +128,27 @@ class Link:
         self.loop.forget(self)
         with contextlib.suppress(OSError):
             self.sock.close()
+        self._drop_what_waits()
+        self.loop.handler.closed(self, why)
+
+    def refuse(self, why: str, *, ends: bool = False) -> None:
+        """Say why, as far as the peer still listens, and close. ends: we refuse everybody."""
+        if self.open:
+            self._drop_what_waits()
+            self.say(Kind.REFUSE, {"why": why, "ends": ends})
+            with contextlib.suppress(OSError):  # it does not listen any more
+                self._write()
+            self.close(why)
+
+    def _drop_what_waits(self) -> None:
         for piece in self._out:
             if piece.sent is not None:
                 piece.sent()
         self._out.clear()
-        self.loop.handler.closed(self, why)
 
-    def refuse(self, why: str) -> None:
-        """Say why, as far as the peer still listens, and close."""
-        if self.open:
-            self._out.clear()
-            self.say(Kind.REFUSE, {"why": why})
-            self._write()
-            self.close(why)
+    def _end(self, why: str) -> None:
+        """The peer has closed it: it is gone, or has given us up while we stood still."""
+        self.close(why, silent=time.monotonic() < self.loop.doubt_until)
 
     # -- what the loop does with it ------------------------------------------------------------
 
@@ -164,7 +173,7 @@ class Link:
             log.warning("the link with %s is closed: %s", self, error)
             self.refuse(str(error))
         except OSError as error:
-            self.close(error.strerror or str(error))
+            self._end(error.strerror or str(error))
 
     @property
     def wants_to_write(self) -> bool:
@@ -210,7 +219,7 @@ class Link:
             except (BlockingIOError, InterruptedError):
                 return
             if count == 0:
-                self.close("it is gone")
+                self._end("it is gone")
                 return
             budget -= count
             self.heard = time.monotonic()
@@ -247,7 +256,7 @@ class Link:
         if kind is Kind.PING:
             return
         if kind is Kind.REFUSE:
-            self.refused = True
+            self.refused, self.ends = True, content.get("ends") is True
             self.close(f"it says: {content.get('why', 'nothing')}")
         elif kind is Kind.CHALLENGE and self.calls is not None:
             self._theirs = str(content.get("nonce"))
@@ -286,6 +295,7 @@ class Loop:
         self.handler, self.token, self.lease_seconds = handler, token, lease_seconds
         self.delay, self.delay_until = 0.0, 0.0  # seconds that each frame waits: a drill
         self.cut_until = 0.0  # nothing passes until then: a drill
+        self.doubt_until = 0.0  # until then, a link that peers close says nothing of their end
         self.due = math.inf  # when the handler's tick is wanted before it is time for it
         self.links: list[Link] = []
         self.error: BaseException | None = None
@@ -378,7 +388,7 @@ class Loop:
     def run(self) -> None:
         """Turn until `stop`."""
         try:
-            ticked = 0.0
+            ticked, self._seen = 0.0, time.monotonic()
             while not (self._over and self._is_drained()):
                 ticked = self._turn(ticked)
         except BaseException as error:  # told by who waits for this thread
@@ -398,20 +408,35 @@ class Loop:
         else:
             slow = self.delay and any(link.waits_to_write for link in self.links)
             patience = min(0.005 if slow else _TICK_SECONDS, max(0.0, self.due - now))
-            for key, events in self._selector.select(patience):
+            ready = self._selector.select(patience)
+            self._see_whether_it_stood_still()
+            for key, events in ready:
                 self._on_event(key.data, events)
             if slow:
                 for link in list(self.links):
                     self.watch(link)
         while self._calls:
             self._calls.popleft()()
-        now = time.monotonic()
+        now = self._see_whether_it_stood_still()
         if now - ticked >= _TICK_SECONDS or now >= self.due:
             self.due = math.inf
             self._check(now)
             self.handler.tick(now)
             return now
         return ticked
+
+    def _see_whether_it_stood_still(self) -> float:
+        """If this process was stopped, or the machine, peers may have said what was not heard: they
+        have that much longer. They may have given us up meanwhile, and live. Returns the time."""
+        now = time.monotonic()
+        late, self._seen = now - self._seen - _TICK_SECONDS, now
+        if late > self.lease_seconds / 4:
+            log.warning("nothing was read for %.1f s: this process stood still, or was busy", late)
+            for link in self.links:
+                link.since, link.heard = (min(now, at + late) for at in (link.since, link.heard))
+        if late > self.lease_seconds / 2:
+            self.doubt_until = now + self.lease_seconds
+        return now
 
     def _on_event(self, data: Any, events: int) -> None:
         if data is None:

@@ -82,7 +82,7 @@ class Server:
         self._late: list[tuple[Link, Who, dict[str, Any]]] = []  # what workers declare to a guest
         self._specs: dict[int, BlockSpec] = {}  # all blocks, of which we hold some
         self._about: dict[str, Any] = {}
-        self._cut_since: float | None = None
+        self._stuck_since: float | None = None  # since when we may not decide
         self._board: Board | None = None
         self._declared: dict[int, set[int]] = {}  # worker -> ranks
         self._filled: set[int] = set()  # ranks of the worker that fills us which are done
@@ -135,10 +135,15 @@ class Server:
 
     @property
     def may_decide(self) -> bool:
-        """Is it sure that the run does not go on without us? A server that says nothing may live,
-        on the other side of a cut; only the side with more than half of the workers may go on."""
+        """Is all here, and is it sure that the run does not go on without us?"""
+        return not self._may_be_cut_off and self._lost_block is None
+
+    @property
+    def _may_be_cut_off(self) -> bool:
+        """A server that says nothing may live, on the other side of a cut; only the side with more
+        than half of the workers may go on."""
         few = 2 * len(self.linked) <= self.setup.rules.workers
-        return not (self.peers.silent and few and not self._someone_left)
+        return bool(self.peers.silent) and few and not self._someone_left
 
     @property
     def num_updates(self) -> int:
@@ -175,7 +180,7 @@ class Server:
             if known.who.incarnation > who.incarnation:
                 raise Malformed(f"{who} was started again since")
             known.close("it has come by another link")
-        knows = not self._is_guest and self.may_decide
+        knows = not self._is_guest and self.may_decide and not self._is_over
         return {"identity": self.identity, "alive": self.seniority if knows else []}
 
     def opened(self, link: Link, greeting: dict[str, Any]) -> None:
@@ -216,21 +221,21 @@ class Server:
             return
         self.peers.lose(server, silent=silent)
         log.warning("server %d: %s; the run goes on without it", server, why)
-        gone = [s.key for s in self._specs.values() if not set(s.servers) & self.alive]
-        if gone:
-            self._fail(
-                BigtrainError(
-                    f"all servers that held block {gone[0]} are gone",
-                    why="what they had since the last checkpoint is lost with them",
-                    mend="--resume goes on from the last checkpoint; with more server.replicas the "
-                    "run survives the end of more servers",
-                )
-            )
+        if self._lost_block is not None:
+            return  # nothing can go on here: see `tick`
         self._tell_who_lives()
         self._see_who_keeps_the_board()
         if self._board is not None:
             self._board.on_server_lost(time.monotonic())
             self._go_on(time.monotonic())
+
+    @property
+    def _lost_block(self) -> int | None:
+        """The first block that no server holds any more that lives."""
+        if self._is_over or self._is_told_over or not self.peers.dead:
+            return None
+        alive = self.alive
+        return next((s.key for s in self._specs.values() if alive.isdisjoint(s.servers)), None)
 
     def _tell_who_lives(self) -> None:
         """Tell workers: whoever waits for a server that is gone, or at another board, must know."""
@@ -630,7 +635,7 @@ class Server:
         """End, telling all workers why."""
         self.failure = self.failure or error
         for link in list(self._workers.values()):
-            link.refuse(str(error))
+            link.refuse(str(error), ends=True)
         self.stop()
 
     # -- from time to time ---------------------------------------------------------------------
@@ -644,6 +649,8 @@ class Server:
             self.loop.due = min(self.loop.due, now + max(later, 0.001))
 
     def tick(self, now: float) -> None:
+        if self._is_over:
+            return
         self._end_if_over()
         # Those before us listen, we call; a guest calls all.
         self.peers.call(self.loop, now, everybody=self._is_guest)
@@ -651,21 +658,37 @@ class Server:
             for server in self.peers.missing:
                 self._lose_server(server, "it did not come")
         if not self.may_decide:
-            self._cut_since = self._cut_since or now
-            if now - self._cut_since > 2 * self.setup.lease_seconds:
-                self._fail(
-                    CommError(
-                        f"server {self.setup.index} hears nothing of "
-                        f"{self.peers.named(self.peers.silent)}, and "
-                        "no more than half of the workers are here",
-                        why="the network is cut, and the run may go on at the other side",
-                        mend="resume from the last checkpoint, if it does not",
-                    )
-                )
-        elif self._board is not None and self._board.active:
-            self._cut_since = None
+            self._stuck_since = self._stuck_since or now
+            self._see_whether_it_is_over(now - self._stuck_since)
+            return
+        self._stuck_since = None
+        if self._board is not None and self._board.active:
             self._go_on(now)
             self._tell_status(now)
+
+    def _see_whether_it_is_over(self, seconds: float) -> None:
+        """End, if nothing can go on here for so long. Who hears nothing of servers may be cut off
+        itself: within the lease it hears nothing of workers either."""
+        lease, lost = self.setup.lease_seconds, self._lost_block
+        if self._may_be_cut_off and seconds > 2 * lease:
+            self._fail(
+                CommError(
+                    f"server {self.setup.index} hears nothing of "
+                    f"{self.peers.named(self.peers.silent)}, and "
+                    "no more than half of the workers are here",
+                    why="the network is cut, and the run may go on at the other side",
+                    mend="resume from the last checkpoint, if it does not",
+                )
+            )
+        elif not self._may_be_cut_off and (seconds > lease or not self.peers.silent):
+            self._fail(
+                BigtrainError(
+                    f"all servers that held block {lost} are gone",
+                    why="what they had since the last checkpoint is lost with them",
+                    mend="--resume goes on from the last checkpoint; with more server.replicas the "
+                    "run survives the end of more servers",
+                )
+            )
 
     def _tell_status(self, now: float) -> None:
         """Write how the run is, for `bigtrain status`."""

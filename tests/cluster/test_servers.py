@@ -99,6 +99,31 @@ def test_sample_ids_are_those_of_all_workers(bench: Bench, calm: Run) -> None:
     run = bench.launch(*SYNC, "log.sample_ids=true", "eval.samples=0", "train.steps=4")
     expected = ids_by_step(calm)
     assert ids_by_step(run) == {step: expected[step] for step in range(1, 5)}
+    files = sorted(path.name for path in (run.folder / "samples").iterdir())
+    assert files == ["worker-0-rank-0.jsonl", "worker-1-rank-0.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("server.mode=local", "server.local_steps=3"),
+        ("server.mode=ssp", "server.staleness=2"),
+        ("server.mode=async", "optimizer.kind=sgd"),
+    ],
+    ids=lambda mode: mode[0],
+)
+def test_sample_ids_of_other_modes(bench: Bench, calm: Run, mode: Sequence[str]) -> None:
+    """Those of a resumed run go on where it does; in `async` a step is one worker's."""
+    options = (*SYNC[:2], *mode, CONSTANT, "log.sample_ids=true", "eval.samples=0")
+    bench.launch(*options, "train.steps=6")
+    run = bench.launch(*options, "train.steps=12", resume=True)
+    found, expected = ids_by_step(run), ids_by_step(calm)
+    found = {step: ids for step, ids in found.items() if step <= 12}  # `ssp` may take more
+    assert list(found) == list(range(1, 13))
+    if "async" in mode[0]:
+        assert {len(ids) for ids in found.values()} == {4}
+    else:
+        assert found == {step: expected[step] for step in range(1, 13)}
 
 
 def test_samples_of_a_worker_that_was_killed_are_read_by_others(bench: Bench, calm: Run) -> None:
@@ -283,7 +308,10 @@ def test_ctrl_c_before_anything_is_there(bench: Bench) -> None:
     run = bench.start(*TWO, "train.steps=2000")
     wait_for("all processes", lambda: len(processes(run, "worker")) == 2)
     run.send(signal.SIGINT)
+    wait_for("workers to end", lambda: not processes(run, "worker"))
+    ended = time.monotonic()
     assert run.wait() == 130, run.shown
+    assert time.monotonic() - ended < 3.0
     run.assert_clean()
 
 

@@ -29,7 +29,7 @@ from server_world import (
     world,
 )
 
-from bigtrain.errors import BigtrainError, CommError
+from bigtrain.errors import CommError
 from bigtrain.server import link as links
 from bigtrain.server.client import Client
 from bigtrain.server.protocol import (
@@ -253,9 +253,80 @@ def test_a_server_that_was_cut_off_ends_in_order() -> None:
         some.wait_whole()
         some.cut("server", 2, 2.5)
         some.wait_servers(2)
-        assert isinstance(some.failures[2], BigtrainError)
+        assert isinstance(some.failures[2], CommError)
+        assert "hears nothing of server 0, server 1" in str(some.failures[2])
         assert some.servers[2].loop.error is None
         finish_at(some, some.version + 5, workers)
+
+
+def test_a_server_that_has_all_workers_is_not_cut_off() -> None:
+    """It hears nothing of the only other one, which held what it does not: that is lost."""
+    with world(servers=2, replicas=1, workers=3, steps=10**6) as some:
+        some.start(seconds=0.02)
+        some.wait_version(3)
+        some.wait_whole()
+        some.cut("server", 1, 6.0)
+        some.wait_servers(0)
+        assert "all servers that held block" in str(some.failures[0])
+        some.wait_servers(1)
+        assert "hears nothing of server 0" in str(some.failures[1])
+
+
+def stand_still(loop: links.Loop, seconds: float) -> None:
+    loop.call(lambda: time.sleep(seconds))
+
+
+def test_nobody_is_given_up_after_all_stood_still() -> None:
+    """As when a machine is suspended: what was not heard, nobody could say."""
+    with world(servers=2, replicas=2, workers=3, steps=10**6) as some:
+        workers = some.start(seconds=0.02)
+        some.wait_version(3)
+        some.wait_whole()
+        loops = [one.loop for one in some.servers] + [one.client._loop for one in workers]
+        for loop in loops:
+            stand_still(loop, 2.5 * some.lease)
+        some.wait_version(some.version + 5)
+        for server in some.servers:
+            assert server.alive == {0, 1}
+        finish_at(some, some.version + 5, workers)
+        assert workers_of(some) == {(0, 1, 2)}
+        assert not some.failures
+
+
+@pytest.mark.parametrize("at", ["a call", "a wait"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_server_that_stood_still_sees_that_it_was_given_up(victim: int, at: str) -> None:
+    """Its links are closed: not since all others have ended."""
+    with world(servers=2, replicas=2, workers=3, steps=10**6) as some:
+        workers = some.start(seconds=0.02)
+        some.wait_version(3)
+        some.wait_whole()
+        loop = some.servers[victim].loop
+        if at == "a call":
+            stand_still(loop, 3.0 * some.lease)
+        else:
+            waits = Stopped(loop._selector, 3.0 * some.lease)
+            loop.call(lambda: setattr(loop, "_selector", waits))
+        some.wait_servers(victim)
+        assert f"hears nothing of server {1 - victim}" in str(some.failures[victim])
+        some.server(victim, incarnation=1)
+        some.wait_whole()
+        finish_at(some, some.version + 5, workers)
+
+
+class Stopped:
+    """A selector whose process is stopped once while it waits."""
+
+    def __init__(self, selector: Any, seconds: float) -> None:
+        self.selector, self.seconds = selector, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.selector, name)
+
+    def select(self, patience: float) -> Any:
+        seconds, self.seconds = self.seconds, 0.0
+        time.sleep(seconds)
+        return self.selector.select(patience)
 
 
 # -- all that held something are gone --------------------------------------------------------------
@@ -422,6 +493,22 @@ def test_a_worker_is_cut_off_for_longer(victim: int) -> None:
         assert not some.failures
 
 
+def test_a_worker_that_was_cut_off_is_told_what_counted() -> None:
+    """Also if what told it so was lost with the link."""
+    with world(workers=3, steps=10**6) as some:
+        workers = some.start(seconds=0.2)
+        workers[1].seconds = 0.0
+        some.wait_version(2)
+        wait_for("worker 1 to report", lambda: reported(some, 1))
+        some.cut("worker", 1, 2.5)
+        known = len(workers[1].bases)
+        wait_for("it to take part again", lambda: len(workers[1].bases) > known + 2)
+        finish_at(some, some.version + 2, workers)
+        told = {(w.index, *used) for w in workers for turn in w.turns for used in turn["used"]}
+        assert (1, workers[1].bases[known - 1][0], workers[1].bases[known - 1][0]) in told
+        assert told == {(p.worker, p.clock, c.number) for c in some.rounds() for p in c.parts}
+
+
 def test_a_worker_joins_while_a_server_is_cut_off() -> None:
     """It is told of a server that is about to be given up, and does not wait for it for ever."""
     with world(servers=2, replicas=2, workers=3, steps=10**6) as some:
@@ -446,6 +533,38 @@ def test_a_worker_joins_while_a_server_waits_to_be_let_in() -> None:
         some.wait_servers()
         assert (0, 1, 2) in workers_of(some, 3)
         assert_copies_equal(some)
+
+
+def test_a_worker_joins_while_a_server_ends() -> None:
+    """What that one says to all is no reason to do without the others."""
+    with world(servers=3, replicas=2, workers=3, steps=10**6) as some:
+        workers = some.start(seconds=0.01)
+        some.wait_version(3)
+        some.wait_whole()
+        ends = some.servers[2]
+
+        def end(*_: Any) -> None:
+            ends._fail(CommError("it hears nothing of the others"))
+
+        ends._on_declare = end  # type: ignore[method-assign]
+        workers[1].vanish()
+        back = some.worker(1, 1, seconds=0.01)
+        wait_for("it to take part", lambda: len(back.bases) > 2 or back.error)
+        finish_at(some, some.version + 5, some.workers.values())
+
+
+def test_the_only_server_ends_while_a_worker_joins() -> None:
+    with world(workers=2, steps=10**6) as some:
+        ends = some.servers[0]
+
+        def end(*_: Any) -> None:
+            ends._fail(CommError("it has no memory left"))
+
+        ends._on_declare = end  # type: ignore[method-assign]
+        worker = some.worker(0)
+        wait_for("it to end", lambda: not worker.is_alive(), 8.0)
+        assert isinstance(worker.error, CommError)
+        assert "it has no memory left" in str(worker.error)
 
 
 def test_a_worker_that_was_cut_off_finds_servers_that_came_back() -> None:
