@@ -72,7 +72,6 @@ def launch(
     from bigtrain.comm.started import starter_of
     from bigtrain.launch.frozen import changed_since
     from bigtrain.launch.lead import dry_lines, dry_mpi_lines, lead, lead_mpi
-    from bigtrain.launch.served import lead_served
     from bigtrain.run_folder import open_run
     from bigtrain.server.chaos import parse
 
@@ -102,6 +101,12 @@ def launch(
                 mend="set server.servers, or leave it out",
             )
         if plan.start == "sbatch":
+            if events:
+                raise BigtrainError(
+                    "--chaos is for a run that is started now, not for a job",
+                    why="a job that queues up again would go through the same drill again",
+                    mend="give it to bigtrain launch in an allocation (salloc), or leave it out",
+                )
             _check_sweep(read, config, overrides, plan.num_ranks)
             raise typer.Exit(_submit(read, plan, config, resume, restart, follow, dry_run))
         if not dry_run and (warning := changed_since(config)):
@@ -126,9 +131,7 @@ def launch(
         raise Stopped(signal.SIGINT, "stopped before any rank was started") from None
     try:
         with lock:
-            if plan.servers:
-                raise typer.Exit(lead_served(read, plan, folder, resume, _say, events))
-            raise typer.Exit(lead(read, plan, folder, resume))
+            raise typer.Exit(lead(read, plan, folder, resume, events))
     finally:
         folder.next_config.unlink(missing_ok=True)  # left only by a run that did not begin
 

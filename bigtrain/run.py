@@ -102,7 +102,8 @@ def _configure_torch(config: Config, world: World, device: torch.device) -> None
     own = is_bound(os.environ)  # then the processors that we see are this rank's alone
     sharers = 1 if own else world.local_world_size
     if config.server.servers and not own:  # worlds of other workers, and servers, are here too
-        sharers = sharers * config.server.workers + config.server.servers
+        all_here = sharers * config.server.workers + config.server.servers
+        sharers = Environment.read().sharers or all_here
     torch.set_num_threads(threads_per_rank(config.launch.threads_per_rank, sharers))
     if config.launch.bind == "auto" and not own:
         bind(world.local_rank, world.local_world_size)

@@ -97,8 +97,9 @@ def serve(config_path: str, overrides: Sequence[str], stop: StopRequest) -> None
     env = Environment.read()
     assert env.server is not None
     setup_logging(env.server, quiet=False)
-    config = load_config(config_path, overrides)
-    torch.set_num_threads(threads_per_rank(config.launch.threads_per_rank, config.server.servers))
+    config = load_config(config_path, overrides, env.ranks)
+    sharers = env.sharers or config.server.servers
+    torch.set_num_threads(threads_per_rank(config.launch.threads_per_rank, sharers))
     setup = Setup(
         index=env.server,
         addresses=env.addresses,

@@ -22,7 +22,7 @@ from bigtrain.doctor.facts import facts_of
 from bigtrain.errors import LaunchError
 
 from .job import Job, Meeting
-from .local import LocalTeam, listening
+from .local import LocalTeam, listen
 from .wire import Line, Lost, Message
 
 _POLL_SECONDS = 0.03
@@ -41,13 +41,16 @@ def main() -> int:
     except OSError as error:
         sys.stderr.write(f"bigtrain agent on {socket.gethostname()}: {error}\n")
         return 1
+    agent = Agent(line, call["silence"], signals)
     try:
-        return _serve(line, call, signals)
+        agent.serve()
     except Lost as lost:
         sys.stderr.write(f"bigtrain agent on {socket.gethostname()}: the launcher: {lost}\n")
         return 1
     finally:
+        agent.close()
         line.close()
+    return 0
 
 
 def _connect(call: dict[str, Any]) -> Line:
@@ -75,70 +78,92 @@ def _callers(env: Mapping[str, str]) -> list[str]:
     return [*by_ssh, *filter(None, [env.get("SLURM_LAUNCH_NODE_IPADDR")])]
 
 
-def _serve(line: Line, call: dict[str, Any], signals: list[int]) -> int:
-    """Start ranks when told to, pass on what comes from either side, until the launcher leaves."""
-    with listening("0.0.0.0") as here:
-        line.say(port=here.port)
-        order, later = _wait_for_job(line, call["silence"])
-        if order is None:
-            return 0
-        job = Job.from_message(order["job"])
-        team = LocalTeam(job, order["node"], order["name"])
-        meeting = Meeting(order["address"], order["port"], here.store_fd)
-        try:
-            team.start(meeting=meeting)
-        except LaunchError as error:
-            line.say(refused=str(error))
-            team.close()
-            return 1
-    try:
-        _follow(line, team, call["silence"], signals, later)
-    finally:
-        team.close()
-    return 0
+class Agent:
+    """Does what the launcher says: opens sockets, starts teams of ranks, tells how they end."""
 
+    def __init__(self, line: Line, silence: float, signals: list[int]) -> None:
+        self._line, self._silence, self._signals = line, silence, signals
+        self._teams: dict[int, LocalTeam] = {}
+        self._sockets: dict[str, socket.socket] = {}
+        self._told: set[tuple[int, int]] = set()  # of these teams and ranks the end
+        self._is_asked = False
 
-def _wait_for_job(line: Line, silence: float) -> tuple[Message | None, list[Message]]:
-    """Return what is to be started, None if nothing is, and what was said after that."""
-    while True:
-        messages = line.hear()
-        for number, message in enumerate(messages):
-            if "job" in message or "over" in message:
-                return message if "job" in message else None, messages[number + 1 :]
-        if line.silence > silence:
-            raise Lost(f"nothing was heard for {silence:.0f} s")
-        line.wait(_POLL_SECONDS * 10)
+    def serve(self) -> None:
+        """Return when the launcher says that all is over.
 
+        Raises:
+            Lost: the launcher is gone.
+        """
+        while True:
+            for number, team in self._teams.items():
+                self._tell_ends(number, team)
+            for message in self._line.hear():
+                if "over" in message:
+                    return
+                self._do(message)
+            if self._signals and not self._is_asked:  # the launcher passes it on to all ranks
+                self._is_asked = True  # more signals may be the same, that others have got too
+                self._line.say(signal=self._signals[0])
+            if self._line.silence > self._silence:
+                raise Lost(f"nothing was heard for {self._silence:.0f} s")
+            self._line.wait(_POLL_SECONDS if self._teams else 10 * _POLL_SECONDS)
 
-def _follow(
-    line: Line, team: LocalTeam, silence: float, signals: list[int], heard: list[Message]
-) -> None:
-    """Tell of ranks that end; do what the launcher says; return when it says that all is over."""
-    told: set[int] = set()
-    asked = by_signal = False
-    while True:
+    def _tell_ends(self, number: int, team: LocalTeam) -> None:
         team.update()
         for rank in team.ranks:
-            if rank.code is not None and rank.rank not in told:
-                told.add(rank.rank)
-                line.say(ended=rank.rank, code=rank.code, report=rank.report)
-        for message in [*heard, *line.hear()]:
-            if "over" in message:
-                return
-            if "end" in message:
-                team.end()
+            if rank.code is not None and (number, rank.rank) not in self._told:
+                self._told.add((number, rank.rank))
+                self._line.say(team=number, ended=rank.rank, code=rank.code, report=rank.report)
+
+    def _do(self, message: Message) -> None:
+        if "listen" in message:
+            self._listen(message["listen"])
+        elif "start" in message:
+            self._start(message["team"], message["start"], message["meeting"])
+        elif (team := self._teams.get(message["team"])) is not None:
             if "ask" in message:
-                if not by_signal:
-                    team.ask(message["ask"])
-                asked, by_signal = True, False
-        heard = []
-        if signals and not asked:  # ranks that are asked twice end at once
-            asked = by_signal = True
-            line.say(signal=signals[0])
-            team.ask(signal.SIGTERM)
-        if line.silence > silence:
-            raise Lost(f"nothing was heard for {silence:.0f} s")
-        line.wait(_POLL_SECONDS)
+                self._is_asked = True
+                team.ask(message["ask"])
+            elif "end" in message:
+                team.end()
+            elif "close" in message:
+                team.close()
+                del self._teams[message["team"]]
+
+    def _listen(self, name: str) -> None:
+        self._sockets[name] = listen("0.0.0.0")
+        self._line.say(name=name, port=self._sockets[name].getsockname()[1])
+
+    def _start(self, number: int, about: Message, meeting: Message | None) -> None:
+        """Start a team's ranks of this node; the first node has the socket where they meet."""
+        store = None if meeting is None else self._sockets.pop(meeting["listener"], None)
+        where = None
+        if meeting is not None:
+            where = Meeting(meeting["address"], meeting["port"], store.fileno() if store else -1)
+        inherited = self._sockets[about["listener"]] if about["listener"] else None
+        team = LocalTeam(
+            Job.from_message(about["job"]),
+            about["node"],
+            about["name"],
+            listener=inherited,
+            plain=about["plain"],
+        )
+        try:
+            team.start(meeting=where)
+            self._teams[number] = team
+        except LaunchError as error:
+            self._line.say(team=number, refused=str(error))
+            team.close()
+        finally:
+            if store is not None:
+                store.close()
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        for team in self._teams.values():
+            team.close()
+        for one in self._sockets.values():
+            one.close()
 
 
 if __name__ == "__main__":

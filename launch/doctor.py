@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.config.schema import Config
+from bigtrain.config.serving import ServerSection
 from bigtrain.doctor.measured import Measured
 from bigtrain.errors import BigtrainError, LaunchError
 from bigtrain.machine import num_gpus
 
+from .fleet import Fleet
 from .job import Job
 from .local import LocalTeam
 from .outcome import Ended
 from .plan import Allocation, Plan, make_plan
-from .remote import RemoteTeam
+from .remote import LoneTeam
 from .watch import Team, run_team, stderr_line
 
 _RESULT = "result.json"
@@ -45,7 +47,8 @@ def plan_of(
         ranks_per_node = max(1, gpus if config.run.device != "cpu" else 0)
     changes = {"nodes": "auto", "processes": ranks_per_node, "mpi": None}
     launch = config.launch.model_copy(update=changes)
-    config = config.model_copy(update={"launch": launch})
+    # Servers, and who is beside them, change nothing of what a node is.
+    config = config.model_copy(update={"launch": launch, "server": ServerSection()})
     return config, make_plan(config, os.environ, allocation, hosts)
 
 
@@ -76,10 +79,11 @@ def examine(config: Config, plan: Plan, beside: Path, quick: bool) -> Measured:
 
 
 def _team(config: Config, plan: Plan, job: Job) -> Team:
-    if plan.start == "here" and config.launch.container is None:
+    if plan.is_local(config.launch):
         return LocalTeam(job)
     # To tell how nodes differ is what ranks are started for.
-    return RemoteTeam(job, plan, config.launch, stderr_line, may_differ=True)
+    fleet = Fleet(plan, config.launch, job.logs / "agents.log", stderr_line, may_differ=True)
+    return LoneTeam(job, fleet)
 
 
 def _wish(config: Config, plan: Plan, quick: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigtrain.machine import threads_per_rank
+from bigtrain.machine import num_gpus, threads_per_rank
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Job:
     env: Mapping[str, str] = field(default_factory=dict)  # what the user wants ranks to have
     module: str = "bigtrain.train"  # what a rank runs
     patient: bool = False  # signals that come again change nothing: Slurm sends them to everybody
+    sharers: int | None = None  # processes of the run on a node, if not these ranks alone
+    slot: int | None = None  # which of a node's worlds this is, and so which GPUs are its own
 
     @property
     def num_ranks(self) -> int:
@@ -60,11 +62,13 @@ class Job:
         report_fd: where the rank tells how it ended. base: the environment to start from.
         """
         node, local_rank = divmod(rank, self.ranks_per_node)
+        sharers = self.sharers or self.ranks_per_node
         return {
-            "OMP_NUM_THREADS": str(threads_per_rank(self.threads, self.ranks_per_node)),
+            "OMP_NUM_THREADS": str(threads_per_rank(self.threads, sharers)),
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns of each address that has no name
             **base,
             **self.env,
+            **({} if self.slot is None else visible_gpus(base, self.slot, self.ranks_per_node)),
             "RANK": str(rank),
             "WORLD_SIZE": str(self.num_ranks),
             "LOCAL_RANK": str(local_rank),
@@ -89,3 +93,14 @@ class Job:
         """Return the job that `to_message` has made a message of."""
         paths = {name: Path(message[name]) for name in ("config_path", "logs")}
         return cls(**{**message, **paths})
+
+
+def visible_gpus(env: Mapping[str, str], slot: int, ranks: int) -> dict[str, str]:
+    """Return which GPUs a world sees, as environment: as many as it has ranks, in order."""
+    count = num_gpus(env)
+    if count == 0:
+        return {}
+    given = env.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(gpu) for gpu in range(count)]
+    mine = [names[(slot * ranks + rank) % len(names)] for rank in range(ranks)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(mine))}

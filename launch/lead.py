@@ -14,14 +14,17 @@ from bigtrain.config.schema import Config
 from bigtrain.doctor.facts import room_of
 from bigtrain.doctor.findings import room
 from bigtrain.run_folder import RunFolder
+from bigtrain.server.chaos import Event
 
+from .fleet import Fleet
 from .job import Job, Meeting
 from .local import LocalTeam
 from .mpi import MpiTeam, mpi_command, mpi_environment, run_by_mpi
 from .outcome import Ended
 from .plan import Plan, fewest_cores, smaller
-from .remote import RemoteTeam
+from .remote import LoneTeam
 from .requeue import queue_again
+from .served import lead_served
 from .starters import passed_on, starters
 from .time_limit import TimeLimit
 from .watch import Team, run_team, stderr_line
@@ -32,7 +35,7 @@ def make_job(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> Job
     return Job(
         config_path=folder.next_config,
         logs=folder.logs,
-        num_nodes=len(plan.nodes),
+        num_nodes=plan.num_nodes,
         ranks_per_node=plan.ranks_per_node,
         threads=config.launch.threads_per_rank,
         resume=resume,
@@ -43,16 +46,18 @@ def make_job(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> Job
 
 def make_team(config: Config, plan: Plan, job: Job) -> Team:
     """Return the ranks of the plan, which do not run yet."""
-    if plan.start == "here" and config.launch.container is None:
+    if plan.is_local(config.launch):
         return LocalTeam(job)
-    return RemoteTeam(job, plan, config.launch, stderr_line)
+    return LoneTeam(job, Fleet(plan, config.launch, job.logs / "agents.log", stderr_line))
 
 
-def lead(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> int:
-    """Run the ranks to their end and return the exit code for the shell.
+def lead(
+    config: Config, plan: Plan, folder: RunFolder, resume: bool, chaos: Sequence[Event] = ()
+) -> int:
+    """Run the ranks, or servers and workers, to their end; return the exit code for the shell.
 
     Where the run may do with fewer nodes, it goes on without those that are lost; a Slurm job whose
-    time is up, or that lost a node, queues up again.
+    time is up, or that lost a node, queues up again. `chaos` is for runs with servers.
 
     Raises:
         LaunchError: ranks could not be started, or one failed; its error comes first.
@@ -60,6 +65,18 @@ def lead(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> int:
     again = _in_slurm() and resume  # else a job that starts again would not go on
     before, is_time_up = folder.newest_step, _time_limit(config, folder, again)
     _warn(plan, folder)
+    try:
+        if plan.servers:
+            job = make_job(config, plan, folder, resume)
+            return lead_served(config, plan, job, folder, stderr_line, chaos, is_time_up)
+        return _lead_ranks(config, plan, folder, resume, is_time_up)
+    except Ended as ended:
+        raise _after(ended, folder, before, again) from None
+
+
+def _lead_ranks(
+    config: Config, plan: Plan, folder: RunFolder, resume: bool, is_time_up: Callable[[], bool]
+) -> int:
     while True:
         stderr_line(str(plan))
         job = make_job(config, plan, folder, resume)
@@ -69,7 +86,7 @@ def lead(config: Config, plan: Plan, folder: RunFolder, resume: bool) -> int:
         except Ended as ended:
             left = smaller(config, plan, ended.lost_nodes) if ended.lost_nodes else None
             if left is None or ended.asked is not None:
-                raise _after(ended, folder, before, again) from None
+                raise
             stderr_line(f"{ended}\ngoing on with {len(left.nodes)} of {len(plan.nodes)} nodes")
             plan, resume = left, True
             folder.next_config.write_text(dump(config), encoding="utf-8")
@@ -122,10 +139,10 @@ def _time_limit(config: Config, folder: RunFolder, again: bool) -> Callable[[], 
 
 def _warn(plan: Plan, folder: RunFolder) -> None:
     """Say what will not stop the run, but may spoil it."""
-    cores = fewest_cores(os.environ)
-    if plan.start != "ssh" and cores is not None and cores < plan.ranks_per_node:
+    cores, what = fewest_cores(os.environ), "processes" if plan.servers else "ranks"
+    if plan.start != "ssh" and cores is not None and cores < plan.processes_per_node:
         stderr_line(
-            f"warning: {plan.ranks_per_node} ranks share {cores} processor(s) of each node\n"
+            f"warning: {plan.processes_per_node} {what} share {cores} processor(s) of each node\n"
             "  mend: set launch.slurm.cpus_per_node (sbatch --cpus-per-task)"
         )
     if plan.start == "here":
@@ -144,7 +161,7 @@ def dry_lines(config: Config, plan: Plan, resume: bool) -> list[str]:
     """Return what `lead` would do: the plan, the commands, the environment of rank 0."""
     job = make_job(config, plan, RunFolder(Path(config.run.dir)), resume)
     lines = [str(plan)]
-    if plan.start != "here" or config.launch.container is not None:
+    if not plan.is_local(config.launch):
         for command in starters(plan, config.launch, os.environ, os.getcwd()):
             lines.append(f"starts   {shlex.join(command)}")
         if names := passed_on(plan, os.environ):

@@ -8,11 +8,12 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
 
 from bigtrain.errors import LaunchError
+from bigtrain.server.environment import LISTEN
 
 from .job import Job, Meeting
 from .outcome import Rank
@@ -47,7 +48,8 @@ class _Process:
 class LocalTeam:
     """The ranks of one node of a job, on this machine.
 
-    inherit: open files that all ranks get. plain: of the screen, rank 0 gets no terminal.
+    listener: a socket that ranks get, and are told the number of. plain: of the screen, rank 0 gets
+    no terminal.
     """
 
     def __init__(
@@ -56,11 +58,11 @@ class LocalTeam:
         node: int = 0,
         name: str = "",
         *,
-        inherit: Sequence[int] = (),
+        listener: socket.socket | None = None,
         plain: bool = False,
     ) -> None:
         self.job, self.node = job, node
-        self._inherit, self._plain = tuple(inherit), plain
+        self._listener, self._plain = listener, plain
         self.ranks = [Rank(rank, name) for rank in job.ranks_of(node)]
         self._processes: list[_Process] = []
         self._screen: ScreenAndFile | None = None
@@ -76,7 +78,8 @@ class LocalTeam:
         try:
             with contextlib.ExitStack() as stack:
                 if meeting is None:
-                    meeting = stack.enter_context(listening("127.0.0.1"))
+                    here = stack.enter_context(listen("127.0.0.1"))
+                    meeting = Meeting("127.0.0.1", here.getsockname()[1], here.fileno())
                 if self.node == 0:
                     self._screen = ScreenAndFile(self.job.log(0), plain=self._plain)
                 for rank in self.ranks:
@@ -95,18 +98,24 @@ class LocalTeam:
     def _start(self, rank: Rank, meeting: Meeting) -> _Process:
         report_read, report_write = os.pipe()
         os.set_blocking(report_read, False)
-        inherited = (report_write, meeting.store_fd) if rank.rank == 0 else (report_write,)
+        inherited = [report_write]
+        if rank.rank == 0:
+            inherited.append(meeting.store_fd)
+        env = self.job.environment(rank.rank, meeting, report_write, os.environ)
+        if self._listener is not None:
+            inherited.append(self._listener.fileno())
+            env[LISTEN] = str(self._listener.fileno())
         # A rank begins with these signals blocked, and hears them once it can tell what happened.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD_LATER)
         try:
             with open(self.job.log(rank.rank), "ab") as log:
                 process = subprocess.Popen(
                     self.job.command(),
-                    env=self.job.environment(rank.rank, meeting, report_write, os.environ),
+                    env=env,
                     stdin=subprocess.DEVNULL,
                     stdout=self._output(rank, log),
                     stderr=subprocess.STDOUT,
-                    pass_fds=(*inherited, *self._inherit),
+                    pass_fds=inherited,
                     start_new_session=True,  # the terminal's Ctrl-C comes to us, we pass it on
                 )
         finally:
@@ -145,10 +154,6 @@ class LocalTeam:
             self._screen.close()
 
 
-@contextlib.contextmanager
-def listening(address: str) -> Iterator[Meeting]:
-    """Yield a Meeting at a port that is listened on, for as long as ranks are started."""
-    with socket.socket() as listener:
-        listener.bind((address, 0))
-        listener.listen(1024)
-        yield Meeting(address, listener.getsockname()[1], listener.fileno())
+def listen(address: str) -> socket.socket:
+    """Return a socket that listens at a port which is free."""
+    return socket.create_server((address, 0), backlog=1024)

@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Literal
 
 from bigtrain.config.check import check
+from bigtrain.config.launching import LaunchSection
 from bigtrain.config.schema import Config
+from bigtrain.config.serving import ServerSection
 from bigtrain.errors import PlanError
 from bigtrain.machine import num_cores, num_gpus
 from bigtrain.slurm_lists import counts_per_node, node_names
 
+from .seats import Seats, seat
+
 Start = Literal["here", "srun", "ssh", "mpiexec", "sbatch"]
+_SECOND = "SLURM_JOB_NODELIST_HET_GROUP_1"
 
 
 @dataclass(frozen=True)
@@ -26,30 +31,54 @@ class Allocation:
     nodes: tuple[str, ...]
     cores: int  # of a node, the least of all
     gpus: int | None  # of a node, where Slurm knows
+    apart: tuple[str, ...] = ()  # nodes of the job's second component, for servers
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many ranks are started on which nodes, and by what."""
+    """How many ranks are started on which nodes, and by what.
+
+    With servers, ranks are those of each worker.
+    """
 
     found: str
     start: Start
     nodes: tuple[str, ...]
     ranks_per_node: int
     least: int  # nodes that the run goes on with, when others are lost
-    workers: int = 0  # of parameter servers: each has all these ranks
-    servers: int = 0
+    seats: Seats | None = None  # who is where, if there are servers
+    apart: tuple[str, ...] = ()  # nodes of the second component of a Slurm job
+
+    def is_local(self, launch: LaunchSection) -> bool:
+        """Tell whether ranks are started by this process, with no agent between."""
+        return self.start == "here" and launch.container is None
+
+    @property
+    def servers(self) -> int:
+        return len(self.seats.servers) if self.seats else 0
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the world, or of each worker's world."""
+        return self.seats.nodes_per_worker if self.seats else len(self.nodes)
 
     @property
     def num_ranks(self) -> int:
         """Ranks of the world, or of each worker's world."""
-        return len(self.nodes) * self.ranks_per_node
+        return self.num_nodes * self.ranks_per_node
+
+    @property
+    def processes_per_node(self) -> int:
+        """Processes on the node that has most of them, of those with ranks."""
+        if self.seats is None:
+            return self.ranks_per_node
+        nodes = {node for nodes in self.seats.workers for node in nodes}
+        return max(self.seats.processes(node, self.ranks_per_node) for node in nodes)
 
     def __str__(self) -> str:
         ranks = f"{self.num_ranks} rank{'s' * (self.num_ranks > 1)}"
-        if self.servers:
-            servers = f"{self.servers} server{'s' * (self.servers > 1)}"
-            ranks = f"{servers}, {self.workers} worker{'s' * (self.workers > 1)} of {ranks}"
+        if self.seats is not None:
+            return f"{self.found}: {self._seated(self.seats, ranks)}"
         if self.start == "here":
             return f"{self.found}: {ranks} here"
         if self.start == "mpiexec":
@@ -60,6 +89,22 @@ class Plan:
         if self.start == "sbatch":  # which ones, Slurm will say
             return f"{self.found}: {ranks}, {each}"
         return f"{self.found}: {ranks}, {each} ({shortened(self.nodes)}), started by {self.start}"
+
+    def _seated(self, seats: Seats, ranks: str) -> str:
+        count = len(seats.workers)
+        servers = f"{self.servers} server{'s' * (self.servers > 1)}"
+        workers = f"{count} worker{'s' * (count > 1)} of {ranks}"
+        if self.start == "here":
+            return f"{servers}, {workers} here"
+        of_workers = list(dict.fromkeys(node for nodes in seats.workers for node in nodes))
+        of_servers = list(dict.fromkeys(seats.servers))
+        if self.start == "sbatch":  # which ones, Slurm will say
+            where = "the same" if set(of_servers) <= set(of_workers) else _counted(of_servers)
+            return f"{workers} on {_counted(of_workers)}, {servers} on {where}"
+        return (
+            f"{workers} on {shortened(of_workers)}; {servers} on {shortened(of_servers)}; started "
+            f"by {self.start}"
+        )
 
 
 def find_allocation(
@@ -87,6 +132,7 @@ def find_allocation(
         nodes=tuple(nodes),
         cores=fewest_cores(env) or num_cores(),
         gpus=_gpus_of_a_node(env),
+        apart=tuple(expand(env[_SECOND]) if _SECOND in env else ()),
     )
 
 
@@ -99,9 +145,10 @@ def _gpus_of_a_node(env: Mapping[str, str]) -> int | None:
     return sum(map(int, kinds)) if all(kind.isdecimal() for kind in kinds) else None
 
 
-def fewest_cores(env: Mapping[str, str]) -> int | None:
+def fewest_cores(env: Mapping[str, str], component: int = 0) -> int | None:
     """Return the cores that a Slurm job has on each node at least, if Slurm says so."""
-    return min(counts_per_node(env.get("SLURM_JOB_CPUS_PER_NODE", "")), default=None)
+    name = "SLURM_JOB_CPUS_PER_NODE" + (f"_HET_GROUP_{component}" if component else "")
+    return min(counts_per_node(env.get(name, "")), default=None)
 
 
 def find_hosts(text: str) -> list[str]:
@@ -150,12 +197,15 @@ def make_plan(
                 why="their GPUs cannot be counted from here",
                 mend="set launch.processes (ranks of each), or parallel.dp",
             )
-        return _on(config, env, f"{len(hosts)} hosts", "ssh", hosts, None)
+        found = f"{len({*hosts, *(config.server.hosts or ())})} hosts"
+        return _on(config, env, found, "ssh", hosts, None, config.server.hosts or ())
+    _check_apart(config, allocation)
     if allocation is not None:
         found = f"Slurm job {allocation.job}" if allocation.job else "Slurm"
-        here = allocation.nodes == (env.get("SLURMD_NODENAME"),)  # and not where salloc was called
+        # And not where salloc was called.
+        here = allocation.nodes == (env.get("SLURMD_NODENAME"),) and not allocation.apart
         start: Start = "here" if here else "srun"
-        return _on(config, env, found, start, allocation.nodes, allocation)
+        return _on(config, env, found, start, allocation.nodes, allocation, allocation.apart)
     least, _ = config.launch.node_range or (1, 1)
     if least > 1:
         raise PlanError(
@@ -164,9 +214,29 @@ def make_plan(
             mend="submit it (bigtrain launch CONFIG --slurm), name machines (--hosts a,b), or set "
             "launch.nodes=1",
         )
-    plan = _on(config, env, "this machine", "here", ("localhost",), None)
-    servers = config.server.servers
-    return replace(plan, servers=servers, workers=config.server.workers) if servers else plan
+    return _on(config, env, "this machine", "here", ("localhost",), None)
+
+
+def _check_apart(config: Config, allocation: Allocation | None) -> None:
+    """See that nodes for servers alone are there, if they are asked for.
+
+    Raises:
+        PlanError: they are not.
+    """
+    if config.server.hosts:
+        raise PlanError(
+            "server.hosts without hosts for workers",
+            why="servers and workers are started in one way: here, by ssh, or in a Slurm job",
+            mend="name those of workers too (--hosts a,b or launch.hosts), or remove server.hosts",
+        )
+    slurm = config.server.slurm
+    if slurm is not None and allocation is not None and len(allocation.apart) != slurm.nodes:
+        raise PlanError(
+            f"server.slurm.nodes = {slurm.nodes}, but Slurm job {allocation.job} has "
+            f"{len(allocation.apart)} in a second component",
+            why="servers would be on other nodes than they are meant for",
+            mend="submit it (bigtrain launch CONFIG --slurm), or set server.slurm=null",
+        )
 
 
 def _by_mpi(
@@ -197,6 +267,7 @@ def _on(
     start: Start,
     nodes: tuple[str, ...],
     allocation: Allocation | None,
+    apart: Sequence[str] = (),
 ) -> Plan:
     least, most = config.launch.node_range or (len(nodes), len(nodes))
     if not least <= len(nodes) <= most:
@@ -206,6 +277,13 @@ def _on(
             why="a run on other nodes than it was meant for is refused, not made to fit",
             mend=f"ask for {asked} nodes, or set launch.nodes to {len(nodes)} or auto",
         )
+
+    if config.server.servers:
+        seats = seat(config.server, nodes, apart)
+        count, sharing = seats.nodes_per_worker, seats.most_workers
+        each = ranks_per_node(config, env, count, allocation, sharing)
+        second = dict.fromkeys(n for n in seats.servers if allocation and n not in nodes)
+        return Plan(found, start, seats.nodes, each, 1, seats, tuple(second))
 
     def plan(count: int) -> Plan:
         each = ranks_per_node(config, env, count, allocation)
@@ -235,12 +313,35 @@ def smaller(config: Config, plan: Plan, lost: Collection[str]) -> Plan | None:
     return None
 
 
+def without(plan: Plan, server: ServerSection, lost: Collection[str]) -> Plan | None:
+    """Return the plan whose servers and workers are all on the nodes that are left of one.
+
+    None, if these are too few: a worker is as it was.
+    """
+    assert plan.seats is not None
+    of_workers = {node: None for nodes in plan.seats.workers for node in nodes if node not in lost}
+    of_servers = {node: None for node in plan.seats.servers if node not in lost}
+    try:
+        seats = seat(server, list(of_workers), list(of_servers)) if of_workers else None
+    except PlanError:
+        return None
+    if seats is None or seats.nodes_per_worker != plan.num_nodes:
+        return None
+    left = tuple(node for node in plan.apart if node in seats.nodes)
+    return replace(plan, nodes=seats.nodes, seats=seats, apart=left)
+
+
 def ranks_per_node(
-    config: Config, env: Mapping[str, str], num_nodes: int, allocation: Allocation | None = None
+    config: Config,
+    env: Mapping[str, str],
+    num_nodes: int,
+    allocation: Allocation | None = None,
+    sharing: int = 1,
 ) -> int:
     """Return the ranks of a node: what the config fixes, else one per GPU, or core without GPUs.
 
-    Of those, as many as make whole replicas of the model, and at least one replica.
+    Of those, as many as make whole replicas of the model, and at least one replica; of a node that
+    workers are `sharing`, those of one worker.
 
     Raises:
         PlanError: the degrees cannot be shared by the nodes.
@@ -263,10 +364,13 @@ def ranks_per_node(
     cores = allocation.cores if allocation else num_cores()
     gpus = allocation.gpus if allocation and allocation.gpus is not None else num_gpus(env)
     there = (0 if config.run.device == "cpu" else gpus) or cores
-    if config.server.servers:
-        there = max(1, there // config.server.workers)
+    there = max(1, there // sharing)
     whole = per_replica // math.gcd(per_replica, num_nodes)  # a node's part of whole replicas
     return max(1, there // whole) * whole
+
+
+def _counted(nodes: Sequence[str]) -> str:
+    return f"{len(nodes)} nodes" if len(nodes) > 1 else "one node"
 
 
 def shortened(names: Sequence[str], most: int = 4) -> str:

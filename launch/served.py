@@ -1,31 +1,29 @@
-"""A run with parameter servers, on this machine: workers may end, and the run goes on."""
+"""A run with parameter servers: workers, servers and nodes may end, and the run goes on."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
+import math
 import signal
-import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from bigtrain.config.load import dump
 from bigtrain.config.schema import Config
 from bigtrain.errors import LaunchError
-from bigtrain.machine import num_cores, num_gpus
 from bigtrain.run_folder import RunFolder
 from bigtrain.server.chaos import Event
 from bigtrain.server.environment import Environment
 from bigtrain.server.protocol import new_token
 
 from .job import Job
-from .local import LocalTeam
 from .outcome import Ended, outcome, stop_code
-from .plan import Plan
-from .watch import Asked
+from .places import Place, place_of
+from .plan import Plan, without
+from .seats import Seats
+from .watch import Asked, Team
 
 _POLL_SECONDS = 0.03
 _END_SECONDS = 3.0  # that the other ranks of a worker have when one has failed
@@ -40,7 +38,9 @@ class _Part:
 
     role: Literal["server", "worker"]
     index: int
-    team: LocalTeam
+    job: Job
+    team: Team
+    nodes: tuple[str, ...]
     incarnation: int = 0
     failing_since: float | None = None
     is_over: bool = False
@@ -69,59 +69,54 @@ class ServedRun:
     def __init__(
         self,
         config: Config,
-        plan: Plan,
+        job: Job,
+        seats: Seats,
+        place: Place,
         folder: RunFolder,
-        resume: bool,
         say: Callable[[str], None],
         chaos: Sequence[Event] = (),
+        is_time_up: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.plan, self.folder, self.say = config, plan, folder, say
-        self._sockets = [_listen() for _ in range(plan.servers)]
-        addresses = tuple(("127.0.0.1", sock.getsockname()[1]) for sock in self._sockets)
-        self._environment = Environment(addresses, new_token(), chaos=tuple(chaos))
-        self._job = Job(
-            config_path=folder.next_config,
-            logs=folder.logs,
-            num_nodes=1,
-            ranks_per_node=plan.ranks_per_node,
-            threads=self._threads(),
-            resume=resume,
-            env=config.launch.env,
-        )
+        self.config, self.seats, self.place = config, seats, place
+        self.folder, self.say = folder, say
+        self.parts: list[_Part] = []
+        self._job, self._chaos, self._is_time_up = job, tuple(chaos), is_time_up
         self._asked = Asked()
         self._passed_on = 0
+        self._patient = job.patient
         self._deadline: float | None = None
-        servers = [self._server(index) for index in range(plan.servers)]
-        self.parts = servers + [self._worker(index, 0) for index in range(plan.workers)]
 
-    def _threads(self) -> int | str:
-        threads = self.config.launch.threads_per_rank
-        processes = self.plan.workers * self.plan.ranks_per_node + self.plan.servers
-        return max(1, num_cores() // processes) if threads == "auto" else threads
+    def _open(self) -> None:
+        """See that everything can be started, and know where servers will be."""
+        addresses = tuple(self.place.open(self._asked.numbers))
+        ranks = self._job.num_ranks
+        self._environment = Environment(addresses, new_token(), chaos=self._chaos, ranks=ranks)
+        self.parts = [self._server(index) for index in range(len(self.seats.servers))]
+        self.parts += [self._worker(index) for index in range(len(self.seats.workers))]
 
     def _server(self, index: int, incarnation: int = 0) -> _Part:
-        descriptor = self._sockets[index].fileno()
-        env = replace(
-            self._environment, server=index, incarnation=incarnation, listen_fd=descriptor
-        )
-        job = replace(self._job_of("server", index, env.to_env()), ranks_per_node=1)
-        if incarnation and self.folder.config.exists():
-            job = replace(job, config_path=self.folder.config)
-        team = LocalTeam(job, inherit=[descriptor], plain=True)
-        return _Part("server", index, team, incarnation)
+        nodes = (self.seats.servers[index],)
+        env = replace(self._environment, server=index, incarnation=incarnation)
+        job = self._job_of(f"server-{index}", env, nodes)
+        job = replace(job, num_nodes=1, ranks_per_node=1)
+        return _Part("server", index, job, self.place.server(index, job), nodes, incarnation)
 
-    def _worker(self, index: int, incarnation: int) -> _Part:
+    def _worker(self, index: int, incarnation: int = 0) -> _Part:
+        nodes = self.seats.workers[index]
         env = replace(self._environment, worker=index, incarnation=incarnation)
-        gpus = visible_gpus(os.environ, index, self.plan.ranks_per_node)
-        job = self._job_of("worker", index, {**env.to_env(), **gpus})
-        if incarnation and self.folder.config.exists():
-            job = replace(job, config_path=self.folder.config)
-        return _Part("worker", index, LocalTeam(job, plain=True), incarnation)
+        job = self._job_of(f"worker-{index}", env, nodes)
+        job = replace(job, slot=self.seats.slot(index))
+        return _Part("worker", index, job, self.place.worker(index, job), nodes, incarnation)
 
-    def _job_of(self, role: str, index: int, env: Mapping[str, str]) -> Job:
-        logs = self.folder.logs / f"{role}-{index}"
+    def _job_of(self, name: str, env: Environment, nodes: Sequence[str]) -> Job:
+        logs = self.folder.logs / name
         logs.mkdir(exist_ok=True)
-        return replace(self._job, logs=logs, env={**self._job.env, **env})
+        sharers = max(self.seats.processes(n, self._job.ranks_per_node) for n in nodes)
+        told = replace(env, sharers=sharers).to_env()
+        job = replace(self._job, logs=logs, env={**self._job.env, **told}, sharers=sharers)
+        if env.incarnation and self.folder.config.exists():
+            job = replace(job, config_path=self.folder.config)
+        return job
 
     # -- the run -------------------------------------------------------------------------------
 
@@ -136,6 +131,7 @@ class ServedRun:
         """
         with self._asked.listen():
             try:
+                self._open()
                 for part in self.parts:
                     part.team.start()
                 while self._goes_on:
@@ -145,8 +141,7 @@ class ServedRun:
             finally:
                 for part in self.parts:
                     part.team.close()
-                for sock in self._sockets:
-                    sock.close()
+                self.place.close()
         return self._outcome()
 
     @property
@@ -161,6 +156,7 @@ class ServedRun:
 
     def _turn(self) -> None:
         now = time.monotonic()
+        self.place.update()
         self._pass_on_signals(now)
         for part in self.parts:
             if part.start_at is not None and now >= part.start_at:
@@ -169,16 +165,21 @@ class ServedRun:
                 self._look_at(part, now)
 
     def _pass_on_signals(self, now: float) -> None:
+        if self._asked.by_time(self._is_time_up, self.say):
+            self._patient = True
         numbers = self._asked.for_ranks
         if len(numbers) > self._passed_on:
             self._passed_on += 1
             if self._passed_on == 1:
-                self.say("stopping: workers finish their step and save; once more stops at once")
-                self._deadline = now + self.config.launch.stop_seconds
+                once_more = "" if self._patient else "; once more stops at once"
+                self.say(f"stopping: workers finish their step and save{once_more}")
+                # Slurm, for whom a job is patient, kills it itself; saving may take long.
+                seconds = math.inf if self._patient else self.config.launch.stop_seconds
+                self._deadline = now + seconds
                 for part in self._of("worker"):
                     part.start_at = None
                     part.team.ask(numbers[0])
-            else:
+            elif not self._patient:
                 self._deadline = now
         if self._deadline is not None and now >= self._deadline:
             for part in self.parts:
@@ -204,10 +205,11 @@ class ServedRun:
     def _on_end(self, part: _Part, now: float) -> None:
         part.team.close()
         try:
-            outcome(part.team.job, part.team.ranks, self._asked.numbers)
+            outcome(part.job, part.team.ranks, self._asked.numbers)
             return
         except Ended as ended:
-            part.ended = Ended(ended.exit_code, self._named(part, str(ended)), ended.asked)
+            text = self._named(part, str(ended))
+            part.ended = Ended(ended.exit_code, text, ended.asked, ended.lost_nodes)
         others = [other for other in self._of(part.role) if other.runs]
         if self._asked.numbers:
             return
@@ -215,7 +217,7 @@ class ServedRun:
         can_return = part.role == "worker" or (
             self.config.server.replicas > 1 and self.config.server.mode in ("sync", "local")
         )
-        again = can_return and part.was_killed and others
+        again = can_return and part.was_killed and others and self.place.has(part.nodes)
         if again and part.incarnation < self.config.server.restarts:
             part.start_at, part.is_over = now + _RESTART_SECONDS, False
             self.say(f"{line}; it is started again")
@@ -225,7 +227,7 @@ class ServedRun:
 
     def _named(self, part: _Part, text: str) -> str:
         """Say of a rank which server or worker it is (part of)."""
-        if part.role == "server" or self.plan.ranks_per_node == 1:
+        if part.job.num_ranks == 1:
             return text.replace("rank 0", part.who, 1)
         return f"{part.who}, {text}"
 
@@ -246,6 +248,7 @@ class ServedRun:
         asked_at = time.monotonic() + patience
         deadline, asked = asked_at + _SERVERS_SECONDS, False
         while time.monotonic() < deadline:
+            self.place.update()
             for part in self._of("server"):
                 part.team.update()
             ranks = [rank for part in self._of("server") for rank in part.team.ranks]
@@ -275,66 +278,60 @@ class ServedRun:
 def lead_served(
     config: Config,
     plan: Plan,
+    job: Job,
     folder: RunFolder,
-    resume: bool,
     say: Callable[[str], None],
     chaos: Sequence[Event] = (),
+    is_time_up: Callable[[], bool] = lambda: False,
 ) -> int:
     """Run servers and workers to the end, and return the exit code for the shell.
 
-    Where all servers that held something are gone, and there is a checkpoint, the run goes on from
-    there, and says so.
+    `job` is what a worker is. Where all servers that held something are gone, and there is a
+    checkpoint, the run goes on from there, on the nodes that are left, and says so.
 
     Raises:
         LaunchError: as `ServedRun.run`; there is no such server or worker.
     """
-    say(str(plan))
+    assert plan.seats is not None
+    _check_events(chaos, plan.seats)
+    for restarts in itertools.count():
+        say(str(plan))
+        seats = plan.seats
+        place = place_of(plan, seats, config.launch, folder.logs / "agents.log", say)
+        run = ServedRun(config, job, seats, place, folder, say, chaos, is_time_up)
+        try:
+            return run.run()
+        except Ended as ended:
+            newest = folder.newest_step
+            if ended.asked is not None or not run.has_lost_servers:
+                raise
+            if not newest:
+                why = "there is no checkpoint to go on from: set checkpoint.every, or"
+                text = f"{ended}\n  ({why} server.replicas=2)"
+                raise Ended(ended.exit_code, text, None, ended.lost_nodes) from None
+            left = without(plan, config.server, [n for n in seats.nodes if not place.has([n])])
+            if left is None or restarts >= config.server.restarts:
+                raise
+            say(
+                f"{ended}\nwhat servers had since the checkpoint of step {newest} is lost: the run "
+                "goes on from there"
+            )
+        plan, job, chaos = left, replace(job, resume=True), ()
+        folder.next_config.write_text(dump(config), encoding="utf-8")
+    raise AssertionError("it counts for ever")
+
+
+def _check_events(chaos: Sequence[Event], seats: Seats) -> None:
+    """See that drills are of servers and workers that there are.
+
+    Raises:
+        LaunchError: one is not.
+    """
     for event in chaos:
-        most = plan.workers if event.role == "worker" else plan.servers
+        most = len(seats.workers if event.role == "worker" else seats.servers)
         if event.index >= most:
             raise LaunchError(
                 f"--chaos {event}: there is no {event.role} {event.index}",
                 why=f"the run has {most}, and the first is number 0",
                 mend=f"name one below {most}",
             )
-    for restarts in itertools.count():
-        run = ServedRun(config, plan, folder, resume, say, chaos)
-        try:
-            return run.run()
-        except Ended as ended:
-            newest = folder.newest_step
-            again = run.has_lost_servers and newest
-            if ended.asked is None and run.has_lost_servers and not newest:
-                text = (
-                    f"{ended}\n  (there is no checkpoint to go on from: set checkpoint.every, or "
-                )
-                raise Ended(ended.exit_code, f"{text}server.replicas=2)", None) from None
-            if not again or ended.asked is not None or restarts >= config.server.restarts:
-                raise
-            say(
-                f"{ended}\nwhat servers had since the checkpoint of step {newest} is lost: the run "
-                "goes on from there"
-            )
-        resume, chaos = True, ()
-        folder.next_config.write_text(dump(config), encoding="utf-8")
-    raise AssertionError("it counts for ever")
-
-
-def visible_gpus(env: Mapping[str, str], worker: int, ranks: int) -> dict[str, str]:
-    """Return which GPUs a worker sees, as environment: as many as it has ranks, in order."""
-    count = num_gpus(env)
-    if count == 0:
-        return {}
-    given = env.get("CUDA_VISIBLE_DEVICES")
-    names = given.split(",") if given else [str(gpu) for gpu in range(count)]
-    mine = [names[(worker * ranks + rank) % len(names)] for rank in range(ranks)]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(mine))}
-
-
-def _listen() -> socket.socket:
-    sock = socket.socket()
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind(("127.0.0.1", 0))
-    sock.listen(1024)
-    return sock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -55,7 +56,9 @@ def allocation_of(config: Config) -> Allocation:
             "launch.processes (ranks of a node), or parallel.dp",
         )
     names = tuple(f"node {i}" for i in range(nodes))
-    return Allocation("", names, slurm.cpus_per_node or 1, slurm.gpus_per_node or 0)
+    apart = config.server.slurm.nodes if config.server.slurm else 0
+    of_servers = tuple(f"server node {i}" for i in range(apart))
+    return Allocation("", names, slurm.cpus_per_node or 1, slurm.gpus_per_node or 0, of_servers)
 
 
 def make_submission(config: Config) -> Plan:
@@ -74,6 +77,7 @@ def render(config: Config, script: Script) -> str:
         f"# {Path(config.run.dir).name}, rendered by bigtrain from {script.source}.",
         *(f"# code: {line}" for line in script.code),
         *(f"#SBATCH {option}" for option in _options(config, script)),
+        *(f"#SBATCH {option}" for option in _second_component(config)),
         "",
         *_setup(config),
         *_guards(script.config_path),
@@ -89,7 +93,7 @@ def _options(config: Config, script: Script) -> Iterator[str]:
     cpus = slurm.cpus_per_node
     if cpus is None and not slurm.exclusive and not slurm.gpus_per_node:
         # One is all that a task gets unasked; for GPUs, sites set how many go with each.
-        cpus = make_submission(config).ranks_per_node
+        cpus = make_submission(config).processes_per_node
     least, most = config.launch.node_range or (1, 1)
     folder = Path(config.run.dir)
     yield f"--job-name={_quoted(slurm.job_name or folder.name)}"
@@ -112,7 +116,7 @@ def _options(config: Config, script: Script) -> Iterator[str]:
         ("dependency", slurm.after),
     ]
     yield from (f"--{name}={_quoted(str(value))}" for name, value in wishes if value is not None)
-    if most > least:
+    if most > least or config.server.servers:
         yield "--no-kill"  # a node may be lost
     if slurm.exclusive:
         yield "--exclusive"
@@ -126,6 +130,29 @@ def _options(config: Config, script: Script) -> Iterator[str]:
     yield "--requeue" if slurm.requeue else "--no-requeue"
     if script.folder is not None:
         yield f"--chdir={_quoted(script.folder)}"
+    yield from slurm.options
+
+
+def _second_component(config: Config) -> Iterator[str]:
+    """Yield what is asked for servers, on nodes of another kind: a heterogeneous job of Slurm.
+
+    What is not said again (time, account, queue, memory, ...) is as in the first component.
+    """
+    slurm = config.server.slurm
+    if slurm is None or not config.server.servers:
+        return
+    yield "hetjob"
+    yield f"--nodes={slurm.nodes}"
+    yield "--ntasks-per-node=1"
+    cpus = slurm.cpus_per_node or math.ceil(config.server.servers / slurm.nodes)
+    wishes: list[tuple[str, Any]] = [
+        ("cpus-per-task", cpus),
+        ("mem", slurm.mem),
+        ("partition", slurm.partition),
+        ("constraint", slurm.constraint),
+    ]
+    yield from (f"--{name}={_quoted(str(value))}" for name, value in wishes if value is not None)
+    yield "--no-kill"
     yield from slurm.options
 
 

@@ -82,6 +82,9 @@ def queued_jobs(ask: Ask = ask_slurm) -> list[QueuedJob]:
     for line in ask(["squeue", "--me", "--noheader", f"--format={_FORMAT}"]).splitlines():
         fields = line.split("|", 7)
         if len(fields) == 8 and fields[7].startswith(COMMENT):
+            fields[0], _, component = fields[0].partition("+")
+            if component.strip("0"):  # of a heterogeneous job, the first stands for all
+                continue
             number, array, state, elapsed, limit, nodes, reason, comment = fields
             folder = comment.removeprefix(COMMENT)
             jobs.append(QueuedJob(number, array, state, elapsed, limit, nodes, reason, folder))

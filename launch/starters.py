@@ -33,7 +33,11 @@ def starters(
     container = launch.container
     agent = _in_container(container, folder)
     if plan.start == "srun":
-        return [[*_srun(plan, env), *_pyxis(container, folder), *agent]]
+        # srun has one command for nodes that are alike: those of each component of the job.
+        first = [node for node in plan.nodes if node not in plan.apart]
+        parts = [part for part in enumerate((first, plan.apart)) if part[1]]
+        pyxis = _pyxis(container, folder)
+        return [[*_srun(nodes, component, env), *pyxis, *agent] for component, nodes in parts]
     if container is not None and container.kind == "pyxis":
         raise PlanError(
             f"launch.container.kind = pyxis, but ranks are started by {plan.start}",
@@ -62,11 +66,12 @@ def passed_on(plan: Plan, env: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _srun(plan: Plan, env: Mapping[str, str]) -> list[str]:
-    count, cores = str(len(plan.nodes)), str(fewest_cores(env) or 1)
+def _srun(nodes: Sequence[str], component: int, env: Mapping[str, str]) -> list[str]:
+    count, cores = str(len(nodes)), str(fewest_cores(env, component) or 1)
     return [
-        *("srun", "--nodes", count, "--ntasks", count, "--ntasks-per-node", "1"),
-        *("--nodelist", ",".join(plan.nodes)),
+        *("srun", *([f"--het-group={component}"] if component else [])),
+        *("--nodes", count, "--ntasks", count, "--ntasks-per-node", "1"),
+        *("--nodelist", ",".join(nodes)),
         # All that the job has on a node is for the agent's ranks, which share it out.
         *("--cpus-per-task", cores, "--cpu-bind=none", "--overlap"),
         # Some sites submit with --export=NONE; agents are no tasks of MPI, whatever the default.

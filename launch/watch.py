@@ -67,6 +67,14 @@ class Asked:
     def _on_signal(self, number: int, frame: object) -> None:
         self.numbers.append(signal.SIGTERM if number == signal.SIGHUP else number)
 
+    def by_time(self, is_time_up: Callable[[], bool], say: Callable[[str], None]) -> bool:
+        """Tell whether the time of the job has just come near its end, which is as SIGUSR1."""
+        if self.numbers or not is_time_up():
+            return False
+        say("the time of this job is nearly up, by what saving has taken")
+        self.numbers.append(signal.SIGUSR1)
+        return True
+
     @property
     def for_ranks(self) -> list[int]:
         return [_SIGNALS[number] for number in self.numbers]
@@ -118,9 +126,7 @@ def watch(
         if not running:
             return
         now = time.monotonic()
-        if not asked.numbers and is_time_up():
-            say("the time of this job is nearly up, by what saving has taken")
-            asked.numbers.append(signal.SIGUSR1)
+        if asked.by_time(is_time_up, say):
             patient = True  # the time that saving takes is what it is about
         if len(asked.numbers) > passed_on:
             passed_on += 1

@@ -44,6 +44,8 @@ def fixed_world_size(config: Config) -> int | None:
     if launch.processes != "auto":
         least, most = launch.node_range or (1, 1)
         nodes = len(launch.hosts or ()) or (least if least == most else None)
+        if nodes and config.server.servers:  # then a world is that of one worker
+            nodes = config.server.nodes_per_worker(nodes)
         return int(launch.processes) * nodes if nodes else None
     if parallel.dp != "auto":
         return math.prod((parallel.pp, int(parallel.dp), parallel.cp, parallel.tp))

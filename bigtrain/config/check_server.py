@@ -174,16 +174,55 @@ def _neighbours(config: Config) -> Iterator[Problem]:
             mend="set engine to native, or remove the servers",
             keys=("engine.kind", "server.servers"),
         )
-    for name, there in (
-        ("slurm", config.launch.slurm is not None),
-        ("mpi", config.launch.mpi is not None),
-        ("hosts", bool(config.launch.hosts)),
-        ("container", config.launch.container is not None),
-    ):
-        if there:
-            yield Problem(
-                f"launch.{name} with server.servers = {config.server.servers}",
-                why="this version starts servers and workers on one machine",
-                mend=f"remove launch.{name}",
-                keys=(f"launch.{name}", "server.servers"),
-            )
+    yield from _places(config)
+
+
+def _places(config: Config) -> Iterator[Problem]:
+    """Yield what cannot be where it is to be started."""
+    server, launch = config.server, config.launch
+    if launch.mpi is not None:
+        yield Problem(
+            f"launch.mpi with server.servers = {server.servers}",
+            why="all that mpiexec starts is one world, which ends with any of its ranks",
+            mend="remove launch.mpi: bigtrain starts workers by itself, by ssh or srun",
+            keys=("launch.mpi", "server.servers"),
+        )
+    least, most = launch.node_range or (1, 1)
+    if least < most:
+        yield Problem(
+            f"launch.nodes = {launch.nodes} with server.servers = {server.servers}",
+            why="workers are shared out to the nodes; when one is lost, the others go on anyway",
+            mend=f"set launch.nodes to {most}, or auto",
+            keys=("launch.nodes", "server.servers"),
+        )
+    if server.hosts and server.slurm is not None:
+        yield Problem(
+            "server.hosts and server.slurm exclude each other",
+            why="Slurm chooses the nodes of its jobs",
+            mend="remove one of them",
+            keys=("server.hosts", "server.slurm"),
+        )
+    apart = len(server.hosts or ()) or (server.slurm.nodes if server.slurm else 0)
+    key = "server.hosts" if server.hosts else "server.slurm.nodes"
+    if apart > server.servers:
+        yield Problem(
+            f"{key}: {apart} machines for server.servers = {server.servers}",
+            why="a server is on one machine",
+            mend=f"take {server.servers} at most, or more server.servers",
+            keys=(key, "server.servers"),
+        )
+    twice = sorted({name for name in server.hosts or () if (server.hosts or []).count(name) > 1})
+    if twice:
+        yield Problem(
+            f"server.hosts has {', '.join(twice)} twice",
+            why="servers are shared out to machines evenly",
+            mend="name each machine once",
+            keys=("server.hosts",),
+        )
+    if server.slurm is not None and launch.slurm is not None and launch.slurm.sweep:
+        yield Problem(
+            "launch.slurm.sweep with server.slurm",
+            why="a job with nodes apart for servers is heterogeneous, and has no arrays in Slurm",
+            mend="remove server.slurm (servers are then on the nodes of workers), or the sweep",
+            keys=("launch.slurm.sweep", "server.slurm"),
+        )

@@ -6,9 +6,25 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from bigtrain.config.launching import Line, Option
 from bigtrain.config.section import PositiveInt, Section
 
 CodingKind = Literal["fp32", "bf16", "int8", "int4", "onebit", "topk"]
+
+
+class ServerSlurmSection(Section):
+    nodes: PositiveInt = 1
+    """Nodes for servers, besides those of workers."""
+    partition: Line | None = None
+    """Which queue they are of. Empty: that of launch.slurm."""
+    cpus_per_node: PositiveInt | None = None
+    """Processors of each. Empty: one for each server."""
+    mem: Line | None = None
+    """Memory of each, like 64G. Empty: what launch.slurm says."""
+    constraint: Line | None = None
+    """Features that they must have."""
+    options: list[Option] = []
+    """More options for sbatch, for these nodes alone."""
 
 
 class ServerSection(Section):
@@ -50,6 +66,12 @@ class ServerSection(Section):
     """How long the first round waits for all workers, and servers for each other."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """How often a worker that was killed is started again, which then joins in the middle."""
+    hosts: list[Line] | None = None
+    """Machines for servers, by ssh; launch.hosts are then for workers. Empty: servers are spread
+    over those of workers."""
+    slurm: ServerSlurmSection | None = None
+    """Nodes for servers in a Slurm job, its second component. Empty: servers are spread over those
+    of workers."""
 
     def coding(self, way: Literal["push", "pull"]) -> CodingKind:
         """Return what messages of that way are."""
@@ -57,6 +79,10 @@ class ServerSection(Section):
         if given != "auto":
             return given
         return "int4" if self.mode == "local" else "fp32"
+
+    def nodes_per_worker(self, num_nodes: int) -> int:
+        """Return how many of these nodes each worker has; several workers may share one."""
+        return max(1, num_nodes // self.workers)
 
     @property
     def least(self) -> int:

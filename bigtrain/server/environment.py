@@ -11,7 +11,8 @@ from bigtrain.server.chaos import Event, parse
 
 _SERVERS, _TOKEN, _CHAOS = "BIGTRAIN_SERVERS", "BIGTRAIN_TOKEN", "BIGTRAIN_CHAOS"
 _SERVER, _WORKER = "BIGTRAIN_SERVER", "BIGTRAIN_WORKER"
-_INCARNATION, _LISTEN = "BIGTRAIN_INCARNATION", "BIGTRAIN_LISTEN_FD"
+_INCARNATION, LISTEN = "BIGTRAIN_INCARNATION", "BIGTRAIN_LISTEN_FD"
+_SHARERS, _RANKS = "BIGTRAIN_SHARERS", "BIGTRAIN_WORKER_RANKS"
 _MEND = "start the run with bigtrain launch, which sets it"
 
 
@@ -21,7 +22,8 @@ class Environment:
 
     addresses: (host, port) of each server. server: the number of this one, or None; worker: that of
     the worker that this rank is part of, or None. incarnation: how often it was started before.
-    listen_fd: a server's socket, if it is open already.
+    listen_fd: a server's socket, if it is open already. sharers: processes of the run on this
+    machine, and ranks: of each worker, if that is known.
     """
 
     addresses: tuple[tuple[str, int], ...]
@@ -31,6 +33,8 @@ class Environment:
     incarnation: int = 0
     chaos: tuple[Event, ...] = ()
     listen_fd: int | None = None
+    sharers: int | None = None
+    ranks: int | None = None
 
     def to_env(self) -> dict[str, str]:
         """Return it as environment variables."""
@@ -39,7 +43,13 @@ class Environment:
             _TOKEN: self.token,
             _INCARNATION: str(self.incarnation),
         }
-        optional = {_SERVER: self.server, _WORKER: self.worker, _LISTEN: self.listen_fd}
+        optional = {
+            _SERVER: self.server,
+            _WORKER: self.worker,
+            LISTEN: self.listen_fd,
+            _SHARERS: self.sharers,
+            _RANKS: self.ranks,
+        }
         env |= {name: str(value) for name, value in optional.items() if value is not None}
         return env | ({_CHAOS: " ".join(map(str, self.chaos))} if self.chaos else {})
 
@@ -65,7 +75,9 @@ class Environment:
             worker=_number(env, _WORKER),
             incarnation=_number(env, _INCARNATION) or 0,
             chaos=_events(env.get(_CHAOS, "")),
-            listen_fd=_number(env, _LISTEN),
+            listen_fd=_number(env, LISTEN),
+            sharers=_number(env, _SHARERS),
+            ranks=_number(env, _RANKS),
         )
 
 

@@ -52,3 +52,12 @@ def test_a_container_that_does_not_start(apptainer: Path, bench: Bench) -> None:
 def test_pyxis_needs_srun(bench: Bench) -> None:
     run = bench.launch("launch.container={kind: pyxis, image: ubuntu}", code=2)
     run.assert_told("pyxis", "srun", "--slurm")
+
+
+def test_servers_and_workers_in_apptainer(apptainer: Path, bench: Bench) -> None:
+    container = f"{{kind: apptainer, image: image.sif, python: {sys.executable}}}"
+    servers = ("parallel.dp=1", "server.servers=1", "server.mode=sync")
+    run = bench.launch(f"launch.container={container}", *servers, "train.steps=3")
+    assert len(run.losses()) == 3
+    assert (bench.path / "apptainer-words").read_text().count("exec --nv") == 1
+    run.wait_gone()

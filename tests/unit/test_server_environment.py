@@ -18,7 +18,7 @@ GOOD = {"BIGTRAIN_SERVERS": "a:1,b:2", "BIGTRAIN_TOKEN": "secret"}
     [
         Environment(ADDRESSES, "secret"),
         Environment(ADDRESSES, "secret", server=0, listen_fd=3),
-        Environment(ADDRESSES[:1], "secret", worker=12, incarnation=4),
+        Environment(ADDRESSES[:1], "secret", worker=12, incarnation=4, sharers=5, ranks=4),
         Environment(
             ADDRESSES[1:],
             "secret",

@@ -70,6 +70,21 @@ launch:
     sweep: {optimizer.lr: [0.001, 3.0e-4], run.seed: [0, 1], data.cache_dir: ["it's", null]}
     sweep_at_once: 2
 """,
+    "servers": """
+run: {dir: runs/try}
+parallel: {tp: 4, dp: 2}
+launch: {nodes: 4, slurm: {gpus_per_node: 4, time: 60, partition: gpu}}
+server:
+  servers: 3
+  workers: 2
+  slurm: {nodes: 2, partition: cpu, mem: 100G, constraint: fast, options: [--exclusive]}
+""",
+    "servers_among_workers": """
+run: {dir: runs/try}
+parallel: {dp: 1}
+launch: {nodes: 2, slurm: {}}
+server: {servers: 2, workers: 4}
+""",
     "elastic": """
 run: {dir: runs/try}
 launch: {nodes: "2:4", processes: 8, slurm: {cpus_per_node: 16}}
