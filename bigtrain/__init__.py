@@ -26,6 +26,7 @@ _PUBLIC = {
     "ParallelMLP": "bigtrain.tensor",
     "RowParallelLinear": "bigtrain.tensor",
     "SGD": "bigtrain.optim",
+    "ServerEmbedding": "bigtrain.server.embedding",
     "Style": "bigtrain.tensor",
     "Trainer": "bigtrain.trainer",
     "VocabParallelCrossEntropy": "bigtrain.tensor",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from bigtrain.optim import LAMB, SGD, Adagrad, AdamW, Lion, Muon, matrix_kinds
     from bigtrain.pipeline.layer import Layer
     from bigtrain.pipeline.run import Pipeline
+    from bigtrain.server.embedding import ServerEmbedding
     from bigtrain.tensor import (
         ColumnParallelLinear,
         ParallelAttention,
@@ -92,6 +94,7 @@ __all__ = [
     "ParallelMLP",
     "Pipeline",
     "RowParallelLinear",
+    "ServerEmbedding",
     "Style",
     "Trainer",
     "VocabParallelCrossEntropy",

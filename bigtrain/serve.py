@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,11 +23,13 @@ from bigtrain.observe.progress import setup_logging
 from bigtrain.optim import learning_rate, make_optimizer
 from bigtrain.optim.build import OptimizerConfig
 from bigtrain.optim.clip import grad_divisor
+from bigtrain.optim.rows import make_row_optimizer
 from bigtrain.run_folder import RunFolder
 from bigtrain.server.board import Update
 from bigtrain.server.chaos import Chaos
 from bigtrain.server.environment import Environment
 from bigtrain.server.rounds import Closed, Rules
+from bigtrain.server.rows import RowTables
 from bigtrain.server.server import Server, Setup
 
 log = logging.getLogger(__name__)
@@ -124,9 +127,26 @@ def serve(config_path: str, overrides: Sequence[str], stop: StopRequest) -> None
             "%d rounds old); lion bears it better, server.staleness=0 has none",
             config.server.staleness,
         )
-    server = Server(setup, make, RunPolicy(config), push, pull)
+    server = Server(setup, make, RunPolicy(config), push, pull, row_tables(config))
     stop.call = server.stop
     server.serve(_listener(env))
+
+
+def row_tables(config: Config) -> RowTables:
+    """Return room for the tables of a run.
+
+    Raises:
+        LaunchError: there is no such folder for them.
+    """
+    rows, kernels = config.server.rows, config.run.kernels
+    folder = Path(rows.folder) if rows.folder is not None else None
+    if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise LaunchError(
+            f"server.rows.folder = {folder} is no folder that this server can write to",
+            why="it maps tables from files there",
+            mend="make it on each server's own disk, or leave it empty for tables in memory",
+        )
+    return RowTables(make_row_optimizer(rows, config.optimizer.lr, kernels), folder, kernels)
 
 
 def _updated_by(config: Config) -> OptimizerConfig:

@@ -41,7 +41,8 @@ from bigtrain.engines.deepspeed_setup import load_deepspeed
 from bigtrain.engines.local import LocalState
 from bigtrain.engines.native import ERRORS, OUTER, NativeState, OwnClock, predict_memory
 from bigtrain.engines.seam import Clock, Gradients, Holder, Place, Runner, Updater
-from bigtrain.engines.served import Served, zero_of_worker
+from bigtrain.engines.served import Served, check_tables, zero_of_worker
+from bigtrain.engines.table_files import TableFiles, is_table_file
 from bigtrain.errors import BigtrainError, CheckpointError, NonFiniteError
 from bigtrain.lifetime import STOP_SIGNALS
 from bigtrain.models.build import Batch, build_loss, build_model, evaluating
@@ -96,6 +97,7 @@ class Trainer:
         self.model = together(
             lambda: build_model(config.model, kernels), mesh.world, "building the model"
         )
+        check_tables(self.model, mesh, config.server)
         self.loss_of = together(lambda: build_loss(config.model), mesh.world, "finding the loss")
         self.pipeline: Runner
         self.path: Gradients
@@ -103,6 +105,7 @@ class Trainer:
         self.state: Holder
         self.memory: Memory | None = None  # what is known ahead of this rank's
         self.clock: Clock = OwnClock(mesh.dp)
+        self.tables: TableFiles | None = None  # of a model whose tables are on servers
         if config.engine.kind == "deepspeed":
             engine = self._deepspeed()
             self.pipeline = self.path = self.optimizer = self.state = engine
@@ -110,7 +113,7 @@ class Trainer:
             self.pipeline = pipeline = self._native()
             served = Served(self.model, pipeline.path, mesh, config, Environment.read())
             self.path = self.optimizer = self.state = served
-            self.clock = served.clock
+            self.clock, self.tables = served.clock, served.table_files
         else:
             pipeline = self._native()
             path = pipeline.path
@@ -469,7 +472,8 @@ class Trainer:
         )
         self.state.consolidate()
         blocks = [*self.state.blocks(), *self.state.errors()]
-        where = save(self.checkpoints, state, blocks, self.mesh.world)
+        further = self.tables.write if self.tables is not None else None
+        where = save(self.checkpoints, state, blocks, self.mesh.world, further)
         self.state.saved()
         if self.mesh.rank == 0:
             keep = self.config.checkpoint
@@ -564,6 +568,15 @@ class Trainer:
                 f"{where} has {len(left_over)} tensors that this run has not, like {left_over[0]}",
                 why="the checkpoint is of another model or of another optimizer",
                 mend="resume with the config that wrote it (it is in its manifest)",
+            )
+        files = [name for name in manifest.files if is_table_file(name)]
+        if self.tables is not None:
+            self.tables.take_up(where, files)
+        elif files:
+            raise CheckpointError(
+                f"{where} has rows of tables that servers kept, and this run has no such tables",
+                why="they are in no worker, and in no model without ServerEmbedding",
+                mend="resume with servers, and with the model that wrote it",
             )
         self.state.take_up(partial(load_blocks, where, manifest), manifest.tensors.keys())
         self.clock.go_to(state.step, state.cursor)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -34,10 +34,20 @@ from bigtrain.comm.mesh import Axis
 from bigtrain.errors import CheckpointError
 from bigtrain.machine import share
 
+Further = Callable[[Path], list[str]]
+"""Writes files of its own to a folder, and returns their names."""
 
-def save(folder: Path, state: State, blocks: Sequence[NamedBlock], world: Axis) -> Path:
+
+def save(
+    folder: Path,
+    state: State,
+    blocks: Sequence[NamedBlock],
+    world: Axis,
+    further: Further | None = None,
+) -> Path:
     """Save `blocks` and `state` as the checkpoint of `state.step`; every rank calls this.
 
+    further: called on rank 0; what it writes is part of the checkpoint.
     Communicates three small gathers over `world`. Returns the checkpoint's folder.
 
     Raises:
@@ -48,9 +58,8 @@ def save(folder: Path, state: State, blocks: Sequence[NamedBlock], world: Axis) 
     if world.rank == 0:
         remove_unfinished(folder)
     all_gather_object(None, world, "start of a checkpoint")
-    records = all_gather_object(
-        _try_write(hidden, blocks, world.rank), world, "gather of what the ranks have written"
-    )
+    record = _try_write(hidden, blocks, world.rank, further if world.rank == 0 else None)
+    records = all_gather_object(record, world, "gather of what the ranks have written")
     failures = [f"rank {rank}: {r}" for rank, r in enumerate(records) if isinstance(r, str)]
     if not failures and world.rank == 0:
         tensors, files = _merge(records)
@@ -91,13 +100,15 @@ def prune(folder: Path, newest_step: int, keep_last: int, keep_every: int | None
             shutil.rmtree(hidden, ignore_errors=True)
 
 
-_Record = tuple[dict[str, TensorEntry], tuple[str, FileEntry]]
+_Record = tuple[dict[str, TensorEntry], dict[str, FileEntry]]
 
 
-def _try_write(hidden: Path, blocks: Sequence[NamedBlock], rank: int) -> _Record | str | None:
+def _try_write(
+    hidden: Path, blocks: Sequence[NamedBlock], rank: int, further: Further | None
+) -> _Record | str | None:
     """Write this rank's share; return what was written, an error text, or None for no share."""
     mine = _share(blocks)
-    if not mine:
+    if not mine and further is None:
         return None
     file = f"rank-{rank:05d}.safetensors"
     tensors: dict[str, TensorEntry] = {}
@@ -113,16 +124,24 @@ def _try_write(hidden: Path, blocks: Sequence[NamedBlock], rank: int) -> _Record
         )
     try:
         hidden.mkdir(parents=True, exist_ok=True)
-        save_file(payload, hidden / file)
-        share(hidden / file)
-        _flush(hidden / file)
-        size = (hidden / file).stat().st_size
-        expected = sum(t.numel() * t.element_size() for t in payload.values())
-        if size < expected:
-            return f"{hidden / file} has {size} bytes, fewer than the {expected} written"
-        return tensors, (file, FileEntry(size=size, sha256=sha256_of(hidden / file)))
+        files = further(hidden) if further is not None else []
+        if mine:
+            save_file(payload, hidden / file)
+            size = (hidden / file).stat().st_size
+            expected = sum(t.numel() * t.element_size() for t in payload.values())
+            if size < expected:
+                return f"{hidden / file} has {size} bytes, fewer than the {expected} written"
+            files.append(file)
+        return tensors, {name: _finished(hidden / name) for name in files}
     except Exception as error:  # safetensors has exceptions of its own for I/O
         return f"{type(error).__name__}: {error}"
+
+
+def _finished(path: Path) -> FileEntry:
+    """Bring a file to the disk, and return what a manifest says of it."""
+    share(path)
+    _flush(path)
+    return FileEntry(size=path.stat().st_size, sha256=sha256_of(path))
 
 
 def _share(blocks: Sequence[NamedBlock]) -> list[NamedBlock]:
@@ -151,8 +170,8 @@ def _merge(
     for record in records:
         if record is None:
             continue
-        entries, (file, entry) = record
-        files[file] = entry
+        entries, written = record
+        files |= written
         for name, tensor in entries.items():
             if name in tensors:
                 tensors[name].blocks.extend(tensor.blocks)

@@ -12,6 +12,17 @@ from bigtrain.config.section import PositiveInt, Section
 CodingKind = Literal["fp32", "bf16", "int8", "int4", "onebit", "topk"]
 
 
+class RowsSection(Section):
+    optimizer: Literal["row_adagrad", "adagrad", "adam", "sgd"] = "row_adagrad"
+    """How rows of tables update (ServerEmbedding). row_adagrad: Adagrad with one sum for a row;
+    adam: with the moments of those rows alone that a batch has. optimizer.* is for all the rest."""
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    """Peak rate of rows; it follows the schedule as optimizer.lr does."""
+    folder: str | None = None
+    """Folder on each server's own disk for tables that its memory does not hold; they are mapped
+    from there. Empty: in memory."""
+
+
 class ServerSlurmSection(Section):
     nodes: PositiveInt = 1
     """Nodes for servers, besides those of workers."""
@@ -60,6 +71,8 @@ class ServerSection(Section):
     what the round has taken."""
     staleness: Annotated[int, Field(ge=0)] = 2
     """ssp: rounds that a worker may be ahead of the one that is open."""
+    rows: RowsSection = RowsSection()
+    """Embedding tables that servers keep, of models that have some (ServerEmbedding)."""
     lease_seconds: Annotated[float, Field(ge=0.5)] = 5.0
     """After what silence a worker or a server counts as gone."""
     join_seconds: Annotated[float, Field(gt=0)] = 120.0

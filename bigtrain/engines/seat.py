@@ -15,7 +15,7 @@ from bigtrain.server.chaos import Chaos
 from bigtrain.server.client import Client
 from bigtrain.server.environment import Environment
 from bigtrain.server.protocol import Who
-from bigtrain.server.table import BlockSpec
+from bigtrain.server.table import Spec
 
 _MOST_UNTOLD = 64  # rounds; the board tells with each turn which ones count
 
@@ -46,7 +46,7 @@ class Seat:
         self.is_new = False
         self._read: dict[int, list[list[int]]] = {}  # round -> samples of each step of it
 
-    def start(self, specs: Sequence[BlockSpec]) -> None:
+    def start(self, specs: Sequence[Spec]) -> None:
         """Declare this rank's blocks to servers."""
         self.client.start(specs)
         answers = list(self.client.wanted.values())

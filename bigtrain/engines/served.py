@@ -16,12 +16,16 @@ from bigtrain.comm.block import NamedBlock
 from bigtrain.comm.buckets import Bucket
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Mesh
-from bigtrain.config.schema import Config, ZeroSection
+from bigtrain.config.schema import Config, ServerSection, ZeroSection
 from bigtrain.engines.coding import coding_of
 from bigtrain.engines.native import NativeState
 from bigtrain.engines.seam import Place
 from bigtrain.engines.seat import Seat
+from bigtrain.engines.table_files import TableFiles
+from bigtrain.errors import BigtrainError
 from bigtrain.ops.op import Kernels
+from bigtrain.optim.rows import make_row_optimizer
+from bigtrain.server.embedding import Tables, tables_of
 from bigtrain.server.environment import Environment
 from bigtrain.server.table import bytes_of
 from bigtrain.server.worker import Blocks, Pushing
@@ -33,6 +37,27 @@ def zero_of_worker(zero: ZeroSection, mesh: Mesh, mode: str) -> ZeroSection:
     stage = max(zero.stage, 1) if mesh.dp.degree > 1 else zero.stage
     offload = zero.offload if mode == "local" else "cpu"
     return zero.model_copy(update={"stage": stage, "offload": offload})
+
+
+def check_tables(model: nn.Module, mesh: Mesh, server: ServerSection) -> None:
+    """Raise BigtrainError if the model has tables that servers are to keep, and this run has no
+    place for them."""
+    tables = ", ".join(tables_of(model))
+    if not tables:
+        return
+    if not server.servers or server.mode == "local":
+        raise BigtrainError(
+            f"the model has tables that servers keep ({tables}), and "
+            + (f"server.mode = {server.mode}" if server.servers else "server.servers = 0"),
+            why="there is nobody who keeps them: in local mode workers have all parameters",
+            mend="set server.servers=1 (or more), and server.mode=sync, ssp or async",
+        )
+    if mesh.world.degree > mesh.dp.degree:
+        raise BigtrainError(
+            f"the model has tables that servers keep ({tables}), and is split over ranks",
+            why="ranks that compute the same rows would push them twice",
+            mend="set parallel.tp, pp and cp to 1; a worker may have several dp ranks",
+        )
 
 
 def make_blocks(path: GradientPath, seat: Seat) -> Blocks:
@@ -47,8 +72,8 @@ class ServedClock:
 
     fellows = 1  # the board's totals are of all workers
 
-    def __init__(self, seat: Seat, sync: Pushing, path: GradientPath) -> None:
-        self.seat, self.sync, self.path = seat, sync, path
+    def __init__(self, seat: Seat, sync: Pushing, path: GradientPath, tables: Tables) -> None:
+        self.seat, self.sync, self.path, self.tables = seat, sync, path, tables
         self.step = self.cursor = self.num_updates = 0
         self.has_begun = not seat.fills
         self.fill: Callable[[dict[str, Any]], None] = lambda about: None
@@ -99,6 +124,7 @@ class ServedClock:
         self.step, self.cursor = turn["version"], turn["cursor"]
         self.num_updates = turn["num_updates"]
         self.sync.begin(turn["clock"])
+        self.tables.begin(turn["version"])
 
     def evaluation(self) -> Place | None:
         return self.seat.evaluation()
@@ -126,9 +152,18 @@ class Served:
         self.blocks_ = make_blocks(path, self.seat)
         self.sync.connect(self.blocks_)
         dtype = self.sync.pulled_into(self.sync.buckets[0]).dtype
-        specs = self.blocks_.specs(self.seat.num_servers, config.server.replicas, dtype)
-        self.seat.start(specs)
-        self.clock = ServedClock(self.seat, self.sync, path)
+        servers, replicas = self.seat.num_servers, config.server.replicas
+        self.tables = Tables(
+            tables_of(model),
+            self.seat.client,
+            servers=servers,
+            replicas=replicas,
+            seed=config.run.seed,
+        )
+        self.seat.start([*self.blocks_.specs(servers, replicas, dtype), *self.tables.specs])
+        self.clock = ServedClock(self.seat, self.sync, path, self.tables)
+        optimizer = make_row_optimizer(config.server.rows, config.optimizer.lr)
+        self.table_files = TableFiles(self.tables, optimizer) if self.tables.names else None
         self.clock.fill = self._fill
         self._state = NativeState(model, path, self, mesh.dp)
         if self.seat.fills:
@@ -151,6 +186,8 @@ class Served:
             if about["num_updates"]:
                 for part, name in enumerate(self.seat.moments):
                     values[key, 1 + part] = bytes_of(self._flats[bucket.index, name])
+        if self.table_files is not None and self.seat.mesh.rank == 0:
+            self.table_files.give()
         self.seat.client.fill(values, about)
         self.saved()
 
@@ -161,6 +198,7 @@ class Served:
 
     def finish(self) -> None:
         self.path.finish()
+        self.tables.push(self.seat.turn["clock"])
 
     def grad_norm(self, kernels: Kernels = "auto") -> torch.Tensor:
         if self.seat.outcome is None:

@@ -9,13 +9,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bigtrain.errors import CommError
 from bigtrain.server.chaos import Chaos
 from bigtrain.server.link import Link, Loop
-from bigtrain.server.protocol import STEPS, Header, Kind, Malformed, Who
-from bigtrain.server.table import BlockSpec
+from bigtrain.server.protocol import PAGE, STEPS, Header, Kind, Malformed, Who
+from bigtrain.server.rows import PAGE_BYTES
+from bigtrain.server.table import Spec
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +28,14 @@ _MOST_STEPS = 8  # times the size of parameters that it may take to tell how the
 @dataclass
 class _Pull:
     """A tensor that is to come: a version from `version` on, into `room`; or how it has moved since
-    the version that is there (`have`), into `steps`."""
+    the version that is there (`have`), into `steps`. rows: those of a table that are wanted; after:
+    the row from which on a page of a table is wanted, which goes into `steps`."""
 
     version: int
     room: memoryview
     have: int | None = None
+    rows: memoryview | None = None
+    after: int | None = None
     steps: bytearray | None = None
     asked: Link | None = None
     came: int | None = None  # the version that has
@@ -57,7 +62,7 @@ class Client:
         self.lease_seconds, self.patience_seconds = lease_seconds, patience_seconds
         self.chaos = chaos or Chaos([], "worker", who.index, who.incarnation)
         self.wanted: dict[int, dict[str, Any]] = {}  # server -> what it said to what we declared
-        self._specs: dict[int, BlockSpec] = {}
+        self._specs: dict[int, Spec] = {}
         self._links: dict[int, Link] = {}
         self._identities: dict[int, str] = {}
         self._dead: set[int] = set()
@@ -81,7 +86,7 @@ class Client:
 
     # -- from the training thread --------------------------------------------------------------
 
-    def start(self, specs: Sequence[BlockSpec]) -> None:
+    def start(self, specs: Sequence[Spec]) -> None:
         """Declare our blocks to their servers, and return once all have answered (`wanted`).
 
         Raises:
@@ -108,6 +113,27 @@ class Client:
                 link.say(Kind.FILLED, about)
 
         self._on_loop(go)
+
+    def give_page(self, key: int, page: memoryview) -> None:
+        """Give rows of a table to servers that want values, and return once they are sent."""
+        sending: set[int] = set()
+        asked = threading.Event()
+
+        def go() -> None:
+            for server, link in self._links.items():
+                if self.wanted[server]["fill"] and server in self._specs[key].servers:
+                    sending.add(server)
+                    gone = partial(self._sent, sending, server)
+                    link.send(Kind.VALUES, page, gone, key=key, part=PAGE)
+            asked.set()
+            self._notify()
+
+        self._on_loop(go)
+        self._wait("servers to take rows", lambda: asked.is_set() and not sending)
+
+    def _sent(self, sending: set[int], server: int) -> None:
+        sending.discard(server)
+        self._notify()
 
     def ready(self) -> None:
         """Tell the board that this worker can begin (rank 0 only)."""
@@ -185,6 +211,33 @@ class Client:
                 self._ask(key, part, pull)
 
         self._on_loop(go)
+
+    def lookup(self, wanted: Sequence[tuple[int, int, memoryview, memoryview]]) -> None:
+        """Ask for rows of tables: (key, version, the rows, where they are to go)."""
+
+        def go() -> None:
+            for key, version, rows, room in wanted:
+                pull = self._pulls[key, 0] = _Pull(version, room, rows=rows)
+                self._ask(key, 0, pull)
+
+        self._on_loop(go)
+
+    def page(self, key: int, after: int) -> tuple[bytearray, int]:
+        """Return the next rows of a table that were updated, from row `after` on: a message, and
+        where to go on.
+
+        Raises:
+            CommError: no server that holds it is left.
+        """
+
+        def go() -> None:
+            pull = self._pulls[key, PAGE] = _Pull(0, memoryview(b""), after=after)
+            self._ask(key, PAGE, pull)
+
+        self._on_loop(go)
+        following, message = self.wait_pulled(key, PAGE)
+        assert message is not None
+        return message, following
 
     def wait_pulled(self, key: int, part: int = 0) -> tuple[int, bytearray | None]:
         """Return the version of a tensor that was asked for, once it is here, and how it has moved,
@@ -373,8 +426,9 @@ class Client:
         pull = self._pulls.get((header.key, 0 if header.part == STEPS else header.part))
         if header.kind is not Kind.TENSOR or pull is None or pull.asked is not link:
             raise Malformed(f"{header.kind.name} that nobody has asked for")
-        if header.part == STEPS:
-            pull.steps = bytearray(min(header.length, _MOST_STEPS * pull.room.nbytes))
+        if header.part in (STEPS, PAGE):
+            whole = pull.room.nbytes if header.part == STEPS else PAGE_BYTES
+            pull.steps = bytearray(min(header.length, _MOST_STEPS * whole))
             return memoryview(pull.steps)
         pull.have, pull.steps = None, None  # what was there is being overwritten
         return pull.room
@@ -455,8 +509,7 @@ class Client:
         link = next((self._links[s] for s in holders if s in self._links), None)
         if link is not None:
             pull.asked = link
-            content = None if pull.have is None else {"have": pull.have}
-            link.say(Kind.PULL, content, key=key, step=pull.version, part=part)
+            self._say_wish(link, key, part, pull)
         elif set(holders) <= self._dead:
             self._fail(
                 f"all servers that hold block {key} are gone",
@@ -464,3 +517,13 @@ class Client:
                 mend="--resume goes on from the last checkpoint; more server.replicas survive the "
                 "end of more servers",
             )
+
+    @staticmethod
+    def _say_wish(link: Link, key: int, part: int, pull: _Pull) -> None:
+        if pull.rows is not None:
+            link.send(Kind.LOOKUP, pull.rows, key=key, step=pull.version)
+        elif pull.after is not None:
+            link.say(Kind.TURN_PAGE, {"after": pull.after}, key=key)
+        else:
+            content = None if pull.have is None else {"have": pull.have}
+            link.say(Kind.PULL, content, key=key, step=pull.version, part=part)

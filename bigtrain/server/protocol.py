@@ -26,6 +26,7 @@ MOST_BEFORE_WELCOME = 4096  # bytes of JSON of who has not shown yet that it has
 TOKEN_BYTES = 32
 NONCE_BYTES = 16
 STEPS = 0xFFFF  # the part of a TENSOR that tells how parameters have moved, step by step
+PAGE = 0xFFFE  # the part of a TENSOR or of VALUES that is some rows of a table, with moments
 
 
 class Kind(enum.IntEnum):
@@ -50,6 +51,8 @@ class Kind(enum.IntEnum):
     HAVE = 15  # server: of this round I have all that you push
     PULL = 16  # worker: send me this tensor of a block, of this version or a later one; I have that
     TENSOR = 17  # server: here it is
+    LOOKUP = 18  # worker: send me these rows of a table, of this version or a later one
+    TURN_PAGE = 19  # worker: send me a page of the rows that were updated, from that row on
 
     READY = 20  # worker, to the board: I can begin
     REPORT = 21  # worker, to the board: my part of this round is with all servers
@@ -67,7 +70,7 @@ class Kind(enum.IntEnum):
     ALIVE = 37  # board, to servers: it is one of us; server, to workers: these live
 
 
-_TENSORS = frozenset({Kind.VALUES, Kind.PUSH, Kind.TENSOR})
+_TENSORS = frozenset({Kind.VALUES, Kind.PUSH, Kind.TENSOR, Kind.LOOKUP})
 _EARLY = frozenset({Kind.CHALLENGE, Kind.HELLO, Kind.WELCOME, Kind.REFUSE})
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bigtrain.errors import BigtrainError, CommError
 from bigtrain.server.board import Board, Policy
@@ -16,12 +19,20 @@ from bigtrain.server.chaos import Chaos
 from bigtrain.server.coding import Coding
 from bigtrain.server.link import Link, Loop
 from bigtrain.server.peers import Peers
-from bigtrain.server.protocol import Header, Kind, Malformed, Who, nonce, number
+from bigtrain.server.protocol import PAGE, Header, Kind, Malformed, Who, nonce, number
 from bigtrain.server.rounds import Closed, Rounds, Rules
+from bigtrain.server.rows import RowSpec, RowTables, unpack_rows
 from bigtrain.server.shares import Shares
 from bigtrain.server.status import write_status
-from bigtrain.server.table import BlockSpec, MakeOptimizer, Source, Table
-from bigtrain.server.traffic import Arrivals, Pull, Pulls
+from bigtrain.server.table import (
+    MakeOptimizer,
+    Source,
+    Spec,
+    Table,
+    bytes_of,
+    spec_from_message,
+)
+from bigtrain.server.traffic import Arrivals, Lookup, Lookups, Pull, Pulls
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +75,10 @@ class Server:
         policy: Policy,
         push: Coding | None = None,
         pull: Coding | None = None,
+        rows: RowTables | None = None,
     ) -> None:
         self.setup, self.policy = setup, policy
-        self.table = Table(make_optimizer, push=push, pull=pull)
+        self.table = Table(make_optimizer, push=push, pull=pull, rows=rows)
         self.loop = Loop(self, setup.token, setup.lease_seconds)
         self.identity = nonce()  # of this process: one that is started again is another
         self.failure: BaseException | None = None
@@ -80,7 +92,7 @@ class Server:
         self._adopted: dict[str, Any] = {}
         self._adopting: dict[str, Any] = {}
         self._late: list[tuple[Link, Who, dict[str, Any]]] = []  # what workers declare to a guest
-        self._specs: dict[int, BlockSpec] = {}  # all blocks, of which we hold some
+        self._specs: dict[int, Spec] = {}  # all blocks, of which we hold some
         self._about: dict[str, Any] = {}
         self._stuck_since: float | None = None  # since when we may not decide
         self._board: Board | None = None
@@ -90,6 +102,8 @@ class Server:
         self._early: list[tuple[Link, Kind, dict[str, Any]]] = []  # for a board that is none yet
         self._arrivals = Arrivals()
         self._pulls = Pulls(self.table)
+        self._lookups = Lookups()
+        self._coming: dict[Link, torch.Tensor] = {}  # rows of tables
         self._updating = False
         self._jobs = ThreadPoolExecutor(1, thread_name_prefix="bigtrain updates")
         self._told: set[tuple[int, int]] = set()  # who knows whether we want its values
@@ -197,6 +211,8 @@ class Server:
     def closed(self, link: Link, why: str) -> None:
         who = link.who
         self._pulls.drop(link)
+        self._lookups.drop(link)
+        self._coming.pop(link, None)
         self._early = [frame for frame in self._early if frame[0] is not link]
         self._late = [declared for declared in self._late if declared[0] is not link]
         if who is None:
@@ -278,24 +294,44 @@ class Server:
         if header.kind is Kind.VALUES and who.role == "server":
             if who.index not in self._sources:
                 raise Malformed("values that nobody has asked for")
-            return self.table.room_for_values(header.key, header.part)
+            return self._room_for_values(link, header)
         if who.role != "worker" or header.kind is Kind.TENSOR:
             raise Malformed(f"{header.kind.name} from {who}")
         if header.kind is Kind.VALUES:
             if who.index != _FILLER or self._is_filled:
                 raise Malformed("values that nobody has asked for")
-            return self.table.room_for_values(header.key, header.part)
+            return self._room_for_values(link, header)
+        if header.kind is Kind.LOOKUP:
+            return self._room_for_rows(link, header, columns=False)
+        if header.key in self.table.rows.parts:
+            self._room_for_rows(link, header, columns=True)
         if self._is_old(header.step):  # its bytes must go somewhere
+            if link in self._coming:
+                return bytes_of(self._coming[link])
             return memoryview(bytearray(self.table.gradient_bytes(header.key)))
         if header.step > self.version + _MOST_AHEAD + self.setup.rules.staleness:
             raise Malformed(f"a gradient of round {header.step}, after round {self.version}")
+        if link in self._coming:
+            return bytes_of(self._coming[link])
         return self.table.room_for_gradient(_source(who, header), header.key)
+
+    def _room_for_values(self, link: Link, header: Header) -> memoryview:
+        if header.part == PAGE:
+            return self._room_for_rows(link, header, columns=True, page=True)
+        return self.table.room_for_values(header.key, header.part)
+
+    def _room_for_rows(
+        self, link: Link, header: Header, *, columns: bool, page: bool = False
+    ) -> memoryview:
+        message = self.table.rows.message(header.key, header.length, columns=columns, page=page)
+        self._coming[link] = message
+        return bytes_of(message)
 
     def _is_old(self, clock: int) -> bool:
         return self.setup.rules.mode != "async" and clock <= self.version
 
     def frame(self, link: Link, header: Header, content: dict[str, Any]) -> None:
-        who = link.who
+        who, rows = link.who, self._coming.pop(link, None)
         assert who is not None
         both = header.kind in (Kind.BYE, Kind.VALUES, Kind.FILLED)
         if not both and (header.kind in _FROM_SERVERS) != (who.role == "server"):
@@ -305,16 +341,22 @@ class Server:
             self._someone_left = self._is_told_over = True
             self._end_if_over()
         elif header.kind is Kind.VALUES:
-            pass  # they are in their place
+            if rows is not None:  # else they are in their place
+                self.table.rows.parts[header.key].take(rows)
         elif header.kind is Kind.FILLED and who.role == "server":
             self._sources.discard(who.index)
             self._see_whether_all_is_here()
         elif who.role == "server":
             self._obey(header.kind, content, who.index)
         elif header.kind is Kind.PUSH:
-            self._on_push(link, who, header)
+            self._on_push(link, who, header, rows)
         elif header.kind is Kind.PULL:
             self._on_pull(link, header, content)
+        elif header.kind is Kind.LOOKUP:
+            assert rows is not None
+            self._on_lookup(link, header, rows)
+        elif header.kind is Kind.TURN_PAGE:
+            self._on_turn_page(link, header, number(content, "after"))
         elif header.kind is Kind.DECLARE:
             self._on_declare(link, who, content)
         elif header.kind is Kind.FILLED:
@@ -335,7 +377,7 @@ class Server:
         blocks = content.get("blocks")
         if not isinstance(blocks, list):
             raise Malformed("no blocks")
-        specs = [BlockSpec.from_message(block) for block in blocks]
+        specs = [spec_from_message(block) for block in blocks]
         mine = [spec for spec in specs if self.setup.index in spec.servers]
         if self._is_guest:
             self._late.append((link, who, content))
@@ -345,6 +387,7 @@ class Server:
             raise Malformed("a block that other workers do not have: their layout differs")
         self.table.declare(mine)
         self._arrivals.expect(who.index, who.rank, len(mine))
+        self.table.rows.expect(who.index, who.ranks)
         ranks = self._declared.setdefault(who.index, set())
         ranks.add(who.rank)
         if self.table.optimizer is None and len(ranks) == who.ranks:
@@ -427,13 +470,13 @@ class Server:
         if guest in self._guests:
             self._guests[guest].say(Kind.ADOPT, content)
 
-    def _source_for(self, spec: BlockSpec) -> int:
+    def _source_for(self, spec: Spec) -> int:
         return next(server for server in spec.servers if server in self.alive)
 
     def _on_adopt(self, content: dict[str, Any], sender: int) -> None:
         guest = number(content, "guest")
         if guest == self.setup.index:
-            specs = [BlockSpec.from_message(block) for block in content["specs"]]
+            specs = [spec_from_message(block) for block in content["specs"]]
             self._specs = {spec.key: spec for spec in specs}
             self.table.declare(spec for spec in specs if guest in spec.servers)
             self.table.build()
@@ -451,13 +494,36 @@ class Server:
     def _give_all(self, guest: int) -> None:
         """Send a guest what it is to hold, of what we answer for."""
         link = self._guests[guest]
+        pages: list[tuple[int, Iterator[torch.Tensor]]] = []
         for spec in self._specs.values():
-            if guest in spec.servers and self._source_for(spec) == self.setup.index:
+            if guest not in spec.servers or self._source_for(spec) != self.setup.index:
+                continue
+            if isinstance(spec, RowSpec):
+                pages.append((spec.key, self.table.rows.parts[spec.key].pages()))
+            else:
                 replica = len(self.table.moments) + 2
                 for part in (*range(len(self.table.moments) + 1), replica):
                     data, sent = self.table.send(spec.key, part, main=True)
                     link.send(Kind.VALUES, data, sent, key=spec.key, part=part)
-        link.say(Kind.FILLED, {})
+        self._give_pages(link, pages)
+
+    def _give_pages(self, link: Link, pages: list[tuple[int, Iterator[torch.Tensor]]]) -> None:
+        """Send what is left of tables, each page when the one before is on its way."""
+        if not link.open:
+            return
+        if not pages:
+            link.say(Kind.FILLED, {})
+            return
+        key, some = pages[0]
+        message = next(some, None)
+        if message is None:
+            self._give_pages(link, pages[1:])
+            return
+
+        def sent() -> None:
+            self.loop.call(lambda: self._give_pages(link, pages))
+
+        link.send(Kind.VALUES, bytes_of(message), sent, key=key, part=PAGE)
 
     def _see_whether_all_is_here(self) -> None:
         """A guest that has got all tells the board."""
@@ -491,8 +557,10 @@ class Server:
 
     # -- gradients and parameters --------------------------------------------------------------
 
-    def _on_push(self, link: Link, who: Who, header: Header) -> None:
+    def _on_push(self, link: Link, who: Who, header: Header, rows: torch.Tensor | None) -> None:
         source = _source(who, header)
+        if rows is not None and not self._is_old(header.step):
+            self.table.rows.take(source, who.rank, header.key, rows)
         if self._is_old(header.step) or self._arrivals.note(source, who.rank, header.key):
             link.say(Kind.HAVE, step=header.step)
 
@@ -501,6 +569,33 @@ class Server:
         self._pulls.add(header.key, Pull(link, header.part, header.step, have))
         if header.step <= self.version and not self._updating:
             self._pulls.answer(header.key, self.version)
+
+    def _on_lookup(self, link: Link, header: Header, message: torch.Tensor) -> None:
+        (rows,) = unpack_rows(message, [])
+        self.table.rows.parts[header.key].check(rows, increase=False)
+        self._lookups.add(Lookup(link, header.key, header.step, rows))
+        self._look_up()
+
+    def _look_up(self) -> None:
+        """Fetch rows for those whose version is here, after an update that is being made."""
+        for due in self._lookups.due(self.version):
+
+            def done(found: torch.Tensor, due: Lookup = due) -> None:
+                due.link.send(Kind.TENSOR, bytes_of(found), key=due.key, step=self.version)
+
+            self._do(partial(self.table.rows.parts[due.key].lookup, due.rows), done)
+
+    def _on_turn_page(self, link: Link, header: Header, after: int) -> None:
+        part = self.table.rows.parts.get(header.key)
+        if part is None:
+            raise Malformed(f"a page of table {header.key}, which nobody has declared")
+
+        def done(page: tuple[torch.Tensor, int]) -> None:
+            message, following = page
+            data = bytes_of(message)
+            link.send(Kind.TENSOR, data, key=header.key, step=following, part=PAGE)
+
+        self._do(partial(part.page, after), done)
 
     # -- orders of the board, and answers ------------------------------------------------------
 
@@ -600,6 +695,7 @@ class Server:
             self._updating, self.version = False, done_number
             self._forget(outcome)
             self._pulls.answer_all(done_number)
+            self._look_up()
             self._answer(sender, Kind.APPLIED, {"number": done_number})
             for event in self.setup.chaos.due(done_number):
                 self.loop.suffer(event)

@@ -23,6 +23,7 @@ from bigtrain.ops.grad_norm import grad_norm
 from bigtrain.ops.op import Kernels
 from bigtrain.server.coding import Coding, Exact
 from bigtrain.server.protocol import Malformed, number, whole_numbers
+from bigtrain.server.rows import RowSpec, RowTables
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MOST_STEPS = 4  # versions that a worker may be behind and still get what it lacks
@@ -118,6 +119,19 @@ class BlockSpec:
         return cls(key, numel, message["dtype"], tuple(servers), stretches)
 
 
+Spec = BlockSpec | RowSpec
+
+
+def spec_from_message(message: Any) -> Spec:
+    """Return what a message describes: a block, or a part of a table.
+
+    Raises:
+        Malformed: it is neither.
+    """
+    is_part = isinstance(message, dict) and "parts" in message
+    return RowSpec.from_message(message) if is_part else BlockSpec.from_message(message)
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor."""
     assert tensor.is_contiguous()
@@ -155,7 +169,9 @@ class Table:
         kernels: Kernels = "auto",
         push: Coding | None = None,
         pull: Coding | None = None,
+        rows: RowTables | None = None,
     ) -> None:
+        self.rows = rows or RowTables()
         self._make, self._kernels = make_optimizer, kernels
         self._push, self._pull = push or Exact(), pull or Exact()
         self._held: dict[int, _Held] = {}
@@ -165,14 +181,16 @@ class Table:
 
     # -- what is held --------------------------------------------------------------------------
 
-    def declare(self, specs: Iterable[BlockSpec]) -> None:
+    def declare(self, specs: Iterable[Spec]) -> None:
         """Make room for blocks, zeros; of those that are known, see that they are the same.
 
         Raises:
             Malformed: another worker has declared a block of this key that is another.
         """
         for spec in specs:
-            if spec.key not in self._held:
+            if isinstance(spec, RowSpec):
+                self.rows.declare(spec)
+            elif spec.key not in self._held:
                 assert self.optimizer is None, "a block that comes too late"
                 self._held[spec.key] = self._hold(spec)
             elif self._held[spec.key].spec != spec:
@@ -188,7 +206,7 @@ class Table:
         return held
 
     def knows(self, keys: Collection[int]) -> bool:
-        return all(key in self._held for key in keys)
+        return all(key in self._held or key in self.rows.parts for key in keys)
 
     def build(self) -> None:
         """Make the optimizer, once all blocks are declared."""
@@ -215,16 +233,17 @@ class Table:
 
     @property
     def keys(self) -> list[int]:
-        return sorted(self._held)
+        return sorted([*self._held, *self.rows.parts])
 
     def servers_of(self, key: int) -> tuple[int, ...]:
-        return self._held[key].spec.servers
+        part = self.rows.parts.get(key)
+        return self._held[key].spec.servers if part is None else part.spec.servers
 
     @property
     def num_bytes(self) -> int:
         """Bytes of parameters, moments and sums."""
         held = self._held.values()
-        return sum(4 * h.spec.numel * (2 + len(h.moments)) for h in held)
+        return sum(4 * h.spec.numel * (2 + len(h.moments)) for h in held) + self.rows.num_bytes
 
     # -- tensors that come and go --------------------------------------------------------------
 
@@ -336,8 +355,10 @@ class Table:
             for key in self._held
             if key not in self._gradients.get(source, {})
         ]
+        missing += self.rows.missing(sources)
         if missing:
             return missing
+        self.rows.add_up(sources)
         by_sort: dict[int, list[tuple[_Held, Segment]]] = {}
         for key, held in self._held.items():
             messages = [self._gradients[source][key] for source in sources]
@@ -353,7 +374,8 @@ class Table:
 
     def squares(self, answers_for: Collection[int]) -> float:
         """Return the sum of squares of the summed gradient of these blocks."""
-        return sum(self._held[key].squares for key in sorted(answers_for))
+        dense = sum(self._held[key].squares for key in sorted(answers_for) if key in self._held)
+        return dense + self.rows.squares(answers_for)
 
     @torch.no_grad()
     def apply(self, version: int, rate: float, divisor: float, done: Callable[[int], None]) -> None:
@@ -373,12 +395,14 @@ class Table:
 
         by = None if divisor == 1.0 else torch.tensor(divisor, dtype=torch.float32)
         self.optimizer.step(rate, by, follow)
+        self.rows.apply(rate, divisor, self.optimizer.num_updates)
 
     def forget(self, is_over: Callable[[Source], bool]) -> None:
         """Drop gradients that no update will want."""
         for source in [source for source in self._gradients if is_over(source)]:
             for tensor in self._gradients.pop(source).values():
                 self._spare.setdefault(tensor.numel(), []).append(tensor)
+        self.rows.forget(is_over)
 
     @property
     def num_waiting(self) -> int:
@@ -387,6 +411,8 @@ class Table:
 
     def checksum(self, key: int) -> str:
         """Return a hash of a block and its moments: equal on all servers that hold it."""
+        if key in self.rows.parts:
+            return self.rows.parts[key].checksum()
         held = self._held[key]
         found = hashlib.sha256(bytes_of(held.bucket.main_params))
         for name in self.moments:

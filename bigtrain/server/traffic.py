@@ -1,9 +1,11 @@
-"""Gradients that have come to a server, and parameters that workers wait for."""
+"""Gradients that have come to a server, and parameters and rows that workers wait for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from bigtrain.server.link import Link
 from bigtrain.server.protocol import STEPS, Kind, Malformed
@@ -82,3 +84,33 @@ class Pulls:
                 return
         data, sent = self.table.send(key, pull.part)
         pull.link.send(Kind.TENSOR, data, sent, key=key, step=version, part=pull.part)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A worker's wish for rows of a table, of `version` or later."""
+
+    link: Link
+    key: int
+    version: int
+    rows: torch.Tensor
+
+
+class Lookups:
+    """Wishes for rows that wait until an update is made."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Lookup] = []
+
+    def add(self, lookup: Lookup) -> None:
+        self._waiting.append(lookup)
+
+    def drop(self, link: Link) -> None:
+        """Its peer is gone."""
+        self._waiting = [lookup for lookup in self._waiting if lookup.link is not link]
+
+    def due(self, version: int) -> list[Lookup]:
+        """Return, and forget, those that wait for `version` or an older one."""
+        due = [lookup for lookup in self._waiting if lookup.version <= version]
+        self._waiting = [lookup for lookup in self._waiting if lookup.version > version]
+        return due

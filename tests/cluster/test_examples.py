@@ -38,6 +38,20 @@ def test_readme_shows_the_own_loop_as_it_is() -> None:
     assert f"```python\n{code}\n```" in (ROOT / "README.md").read_text()
 
 
+def test_ratings_are_learned(tmp_path: Path) -> None:
+    """With a table of 100 million rows, on servers."""
+    fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path)]
+    if subprocess.run([*fetch, "recbole==1.2.1"], check=False, timeout=100).returncode:
+        pytest.skip("the ratings are in a package that pip cannot fetch here")
+    os.replace(next(tmp_path.glob("*.whl")), tmp_path / "recbole-1.2.1.whl")
+    bigtrain = str(Path(sys.executable).with_name("bigtrain"))
+    overrides = [f"run.dir={tmp_path}/run", "train.steps=60", "eval.every=0", "checkpoint.every=0"]
+    cache = f"data.args={{cache: {tmp_path}}}"
+    output = run([bigtrain, "launch", "configs/recommender_servers.yaml", *overrides, cache])
+    loss = float(re.findall(r"validation loss ([\d.]+)", output)[-1])
+    assert loss < 1.1  # the mean of all ratings has 1.26
+
+
 def test_digits_are_learned(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is an extra: bigtrain[examples]")
     bigtrain = str(Path(sys.executable).with_name("bigtrain"))

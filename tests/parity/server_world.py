@@ -13,13 +13,17 @@ from typing import Any, Literal
 import torch
 
 from bigtrain.config.schema import AdamwOptimizer
+from bigtrain.config.serving import RowsSection
 from bigtrain.optim import make_optimizer
+from bigtrain.optim.rows import make_row_optimizer
 from bigtrain.server.board import Update
 from bigtrain.server.chaos import Event
 from bigtrain.server.client import Client
+from bigtrain.server.embedding import ServerEmbedding, Tables
 from bigtrain.server.placement import place
 from bigtrain.server.protocol import Who
 from bigtrain.server.rounds import Closed, Rules
+from bigtrain.server.rows import RowTables
 from bigtrain.server.server import Server, Setup
 from bigtrain.server.table import BlockSpec, Stretch, Table, bytes_of, key_of
 
@@ -27,6 +31,7 @@ TOKEN = "ab" * 32
 SIZES = (40, 3000, 17)
 BATCH = 8
 RATE = 0.01
+ROWS, ROW = 60, 3  # of the table of worlds that have one
 PATIENCE = 30.0  # seconds that any wait may take before the test fails
 
 
@@ -82,6 +87,23 @@ def specs_of(servers: int, replicas: int) -> list[BlockSpec]:
 def initial() -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(7)
     return [torch.randn(n, generator=draw) for n in SIZES]
+
+
+def ids_of(cursor: int, number: int) -> torch.Tensor:
+    """Return the rows that a share of the data touches; some twice."""
+    draw = torch.Generator().manual_seed(1000 * cursor + number)
+    return torch.randint(ROWS, (6,), generator=draw)
+
+
+def row_loss(values: torch.Tensor, cursor: int, number: int) -> torch.Tensor:
+    """Return a loss of values [6, ROW], whose gradient depends on them."""
+    draw = torch.Generator().manual_seed(2000 * cursor + number)
+    return (values * torch.randn(6, ROW, generator=draw)).sum() + 0.05 * (values**2).sum()
+
+
+def row_tables() -> RowTables:
+    optimizer = make_row_optimizer(RowsSection(optimizer="adam", lr=RATE), RATE, "off")
+    return RowTables(optimizer, kernels="off")
 
 
 def make(segments: Any) -> Any:
@@ -143,6 +165,14 @@ class Worker(threading.Thread):
             patience_seconds=world.patience,
         )
         self.specs = specs_of(len(world.servers), world.replicas)
+        self.layer = ServerEmbedding(ROWS, ROW)
+        self.tables = Tables(
+            {"table": self.layer} if world.has_table else {},
+            self.client,
+            servers=len(world.servers),
+            replicas=world.replicas,
+            seed=1,
+        )
         self.params = initial()
         self.turns: list[dict[str, Any]] = []
         self.bases: list[tuple[int, int]] = []  # (round, version that it was computed with)
@@ -182,7 +212,7 @@ class Worker(threading.Thread):
 
     def _begin(self) -> None:
         client = self.client
-        client.start(self.specs)
+        client.start([*self.specs, *self.tables.specs])
         if any(answer["fill"] for answer in client.wanted.values()):
             values = {(s.key, 0): bytes_of(p) for s, p in zip(self.specs, self.params, strict=True)}
             client.fill(values, {"step": 0, "num_updates": 0, "cursor": 0})
@@ -198,6 +228,10 @@ class Worker(threading.Thread):
         clock, (cursor, number) = turn["clock"], turn["share"]
         self._over.wait(self.seconds)
         grads = [gradient(p, cursor, number) for p in self.params]
+        self.tables.begin(turn["version"])
+        if self.world.has_table:
+            row_loss(self.layer(ids_of(cursor, number)), cursor, number).backward()
+        self.tables.push(clock)
         self._push(clock, grads)
         have = self.client.wait_pushed(clock)
         self.bases.append((clock, base))
@@ -257,13 +291,14 @@ class World:
         lease: float = 1.0,
         patience: float = PATIENCE,
         held: frozenset[int] = frozenset(),
+        table: bool = False,
         **rules: Any,
     ) -> None:
         self.steps, self.replicas = steps, replicas
         self.lease, self.patience = lease, patience
         self._listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(servers)]
         self.addresses = [sock.getsockname() for sock in self._listeners]
-        self._held = held
+        self._held, self.has_table = held, table
         self.rules = Rules(**{"mode": "sync", "workers": workers, "quorum": workers, **rules})
         self.servers: list[Server] = []
         self.policies: list[Policy] = []
@@ -286,7 +321,7 @@ class World:
             incarnation=incarnation,
         )
         self.policies.append(Policy(self._held))
-        server = Server(setup, make, self.policies[-1])
+        server = Server(setup, make, self.policies[-1], rows=row_tables())
         self.threads[server] = threading.Thread(
             target=self._serve,
             args=(server, self._listeners[index].dup()),

@@ -176,7 +176,9 @@ def assert_all_is_well(some: World, storm: Storm) -> None:
 
 def go_through(events: int, seed: int) -> None:
     """Train through so many events, and a little further."""
-    with world(servers=SERVERS, workers=WORKERS, replicas=2, steps=10**6, lease=LEASE) as some:
+    with world(
+        servers=SERVERS, workers=WORKERS, replicas=2, steps=10**6, lease=LEASE, table=True
+    ) as some:
         some.start(seconds=0.005)
         storm = Storm(some, seed)
         try:

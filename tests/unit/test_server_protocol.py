@@ -35,7 +35,7 @@ from bigtrain.server.protocol import (
     whole_numbers,
 )
 
-TENSORS = {Kind.VALUES, Kind.PUSH, Kind.TENSOR}
+TENSORS = {Kind.VALUES, Kind.PUSH, Kind.TENSOR, Kind.LOOKUP}
 EARLY = {Kind.CHALLENGE, Kind.HELLO, Kind.WELCOME, Kind.REFUSE}
 WHO = Who("worker", 1, incarnation=2, rank=3, ranks=4)
 
