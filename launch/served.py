@@ -85,6 +85,8 @@ class ServedRun:
         self._passed_on = 0
         self._patient = job.patient
         self._deadline: float | None = None
+        self._cannot_begin = False
+        folder.status.unlink(missing_ok=True)  # servers write it once the run has begun
 
     def _open(self) -> None:
         """See that everything can be started, and know where servers will be."""
@@ -149,7 +151,8 @@ class ServedRun:
         """Does a worker run, and has it servers, or had them as long as it needed them?"""
         servers = self._of("server")
         lost = not any(part.runs for part in servers) and self.has_lost_servers
-        return any(part.runs for part in self._of("worker")) and not lost
+        runs = any(part.runs for part in self._of("worker"))
+        return runs and not lost and not self._cannot_begin
 
     def _of(self, role: str) -> list[_Part]:
         return [part for part in self.parts if part.role == role]
@@ -221,9 +224,13 @@ class ServedRun:
         if again and part.incarnation < self.config.server.restarts:
             part.start_at, part.is_over = now + _RESTART_SECONDS, False
             self.say(f"{line}; it is started again")
+        elif part.who == "worker 0" and not self.folder.status.exists():
+            self._cannot_begin = True  # nobody else gives servers what they begin with
         elif others:
             count = f"{len(others)} of {len(self._of(part.role))}"
             self.say(f"{line}; the run goes on with {count}")
+        elif any(other.is_over and other.ended is None for other in self._of(part.role)):
+            self.say(f"{line}; others have done the work")
 
     def _named(self, part: _Part, text: str) -> str:
         """Say of a rank which server or worker it is (part of)."""
@@ -244,7 +251,8 @@ class ServedRun:
 
     def _end_servers(self) -> None:
         """Servers end when workers have said goodbye; else they are told to."""
-        patience = _ASKED_SECONDS if self._asked.numbers else _SERVERS_SECONDS / 2
+        soon = self._asked.numbers or self._cannot_begin
+        patience = _ASKED_SECONDS if soon else _SERVERS_SECONDS / 2
         asked_at = time.monotonic() + patience
         deadline, asked = asked_at + _SERVERS_SECONDS, False
         while time.monotonic() < deadline:

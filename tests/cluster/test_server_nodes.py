@@ -32,6 +32,12 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         made.close()
 
 
+def interrupt(bench: Bench) -> None:
+    """Have the launcher hear a Ctrl-C."""
+    launchers = [pid for pid in marked(bench.mark) if "launch" in command_of(pid)[2:3]]
+    os.kill(min(launchers), signal.SIGINT)
+
+
 @needs_ssh
 def test_hosts_are_lost_one_by_one(hosts: Hosts, bench: Bench) -> None:
     """A worker that is killed comes back on its host; a host that is lost takes along what is on
@@ -53,10 +59,8 @@ def test_hosts_are_lost_one_by_one(hosts: Hosts, bench: Bench) -> None:
         wait_told("worker 2 on n3 lost: node n3 is gone: .*; the run goes on with 2 of 3")
         hosts.kill("n4")
         wait_told(r"resumed from \S+")
-        step = files.metrics()[-1]["step"]
-        wait_step(files, step + 2)
-        launchers = [pid for pid in marked(bench.mark) if "launch" in command_of(pid)[2:3]]
-        os.kill(min(launchers), signal.SIGINT)
+        wait_step(files, files.metrics()[-1]["step"] + 2)
+        interrupt(bench)
         assert run.wait(LIMIT) == 130, screen(bench, MANAGER)
     finally:
         for name in ("n3", "n4"):
@@ -76,22 +80,23 @@ def test_hosts_are_lost_one_by_one(hosts: Hosts, bench: Bench) -> None:
 def test_a_worker_on_several_hosts_and_one_of_them_is_lost(hosts: Hosts, bench: Bench) -> None:
     """A worker ends with any of its hosts; servers, on the others, do not."""
     words = ("bigtrain", "launch", "config.yaml", "--hosts", "n1,n2,n3,n4", hosts.ssh, *SYNC, *SLOW)
-    islands = ("server.workers=2", "parallel.dp=2", "train.steps=60", "eval.samples=0")
+    islands = ("server.workers=2", "parallel.dp=2", "train.steps=2000")
     run = start(hosts, bench, MANAGER, *words, *islands, *LIMITS)
     files = RunFiles(bench.path, bench.path / "run")
     wait_step(files, 5)
     hosts.cut("n4")
     try:
-        assert run.wait(LIMIT) == 0, screen(bench, MANAGER)
+        on = "worker 1, rank 1 on n4 lost: node n4 is gone: .*; the run goes on with 1 of 2"
+        wait_for(on, lambda: re.search(on, screen(bench, MANAGER)) or run.poll() is not None)
+        interrupt(bench)
+        assert run.wait(LIMIT) == 130, screen(bench, MANAGER)
         wait_for("nothing left, on both sides of the cut", lambda: not marked(bench.mark), 30)
     finally:
         hosts.mend("n4")
     told = screen(bench, MANAGER)
     assert "2 workers of 2 ranks on n1, n2, n3, n4; 2 servers on n1, n3; started by ssh" in told
-    assert re.search(r"worker 1, rank 1 on n4 lost: node n4 is gone", told), told
-    assert "the run goes on with 1 of 2" in told, told
     assert "Traceback" not in told
-    assert len(files.losses()) == 60
+    assert files.checkpoints()[-1] == f"step-{len(files.losses()):08d}"
 
 
 # -- in Slurm --------------------------------------------------------------------------------------
@@ -99,7 +104,7 @@ def test_a_worker_on_several_hosts_and_one_of_them_is_lost(hosts: Hosts, bench: 
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    made = Slurm(tmp_path_factory.mktemp("slurm"), 3)
+    made = Slurm(tmp_path_factory.mktemp("slurm"), 4)
     try:
         yield made
     finally:
@@ -110,22 +115,23 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 def test_a_job_with_nodes_apart_for_servers(slurm: Slurm, bench: Bench) -> None:
     """It saves before its time is up, queues up again, and goes on; one of its nodes is lost."""
     cluster = Cluster(slurm, bench)
-    words = (*SYNC, *SLOW, "server.slurm.nodes=2", "server.workers=1", "parallel.dp=1")
+    words = (*SYNC, *SLOW, "server.slurm.nodes=2", "server.workers=2", "parallel.dp=1")
     try:
-        number, run = cluster.submit("het", *words, "launch.nodes=1", "train.steps=60", *LIMITS)
+        number, run = cluster.submit("het", *words, "launch.nodes=2", "train.steps=60", *LIMITS)
         cluster.wait_step(run, 5)
         assert re.search(rf"^{number} +running", cluster.do("bigtrain", "jobs"), re.MULTILINE)
         cluster.do("scancel", "--batch", "--signal=USR1", str(number))
         slurm.start_now(number)
         wait_for("the job to go on", lambda: "resumed from" in cluster.log(number, "het"))
         cluster.wait_step(run, cluster.resumed_after(number, "het") + 5)
+        # Of a component of one node, Slurm would end the job, whichever node is lost.
         slurm.nodes.kill(slurm.nodes_of(number + 1)[1])
         assert cluster.ended(number) == "COMPLETED", cluster.log(number, "het")
     finally:
         slurm.cancel_all()
     log = cluster.log(number, "het")
-    assert "1 worker of 1 rank on n1; 2 servers on n2, n3; started by srun" in log, log
+    assert "2 workers of 1 rank on n1, n2; 2 servers on n3, n4; started by srun" in log, log
     assert f"time is nearly up: job {number} queues up again" in log, log
-    assert re.search(r"server 1 on n3 lost: node n3 is gone: .*; the run goes on with 1 of 2", log)
+    assert re.search(r"server 1 on n4 lost: node n4 is gone: .*; the run goes on with 1 of 2", log)
     assert len(run.losses()) == 60
     wait_for("nothing left", cluster.is_free, 30)

@@ -135,7 +135,8 @@ def test_a_checkpoint_of_another_table(bags: Bench) -> None:
     more = (*ADAGRAD, "train.steps=8")
     for wrong, words in (
         ((*SYNC, "server.rows.optimizer=adam"), ("server.rows.optimizer", "exp_avg")),
-        ((*SYNC, "model.args={rows: 10}", "data.args={most: 10}"), ("has become smaller",)),
+        ((*SYNC, "model.args={rows: 500}"), ("has become smaller",)),
+        ((*SYNC, "model.args={size: 4}"), ("another size",)),
         (("parallel.dp=2", "model.args={served: false}"), ("tensors",)),
     ):
         bags.launch(*wrong, *more, resume=True, code=1).assert_told(*words)
