@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from bigtrain.errors import BigtrainError, CommError
 from bigtrain.server.board import Board, Policy
 from bigtrain.server.chaos import Chaos
 from bigtrain.server.coding import Coding
+from bigtrain.server.guests import Admission, Guests
 from bigtrain.server.link import Link, Loop
 from bigtrain.server.peers import Peers
 from bigtrain.server.protocol import PAGE, Header, Kind, Malformed, Who, nonce, number
 from bigtrain.server.rounds import Closed, Rounds, Rules
-from bigtrain.server.rows import RowSpec, RowTables, unpack_rows
+from bigtrain.server.rows import RowTables
 from bigtrain.server.shares import Shares
 from bigtrain.server.status import write_status
 from bigtrain.server.table import (
@@ -29,10 +29,9 @@ from bigtrain.server.table import (
     Source,
     Spec,
     Table,
-    bytes_of,
     spec_from_message,
 )
-from bigtrain.server.traffic import Arrivals, Lookup, Lookups, Pull, Pulls
+from bigtrain.server.traffic import Arrivals, Pull, Pulls, RowTraffic
 
 log = logging.getLogger(__name__)
 
@@ -85,25 +84,19 @@ class Server:
         self.version = 0
         self._workers: dict[tuple[int, int], Link] = {}  # (worker, rank)
         self.peers = Peers(setup.index, setup.addresses, setup.incarnation)
-        self._is_guest = setup.incarnation > 0
-        self._guests: dict[int, Link] = {}
-        self._owed: set[int] = set()  # guests that we must give something
-        self._sources: set[int] = set()  # servers that have yet to give us what we are to hold
-        self._adopted: dict[str, Any] = {}
-        self._adopting: dict[str, Any] = {}
-        self._late: list[tuple[Link, Who, dict[str, Any]]] = []  # what workers declare to a guest
-        self._specs: dict[int, Spec] = {}  # all blocks, of which we hold some
-        self._about: dict[str, Any] = {}
+        self.guests = Guests(self)
+        self.admission = Admission(self, waits=setup.incarnation > 0)
+        self.specs: dict[int, Spec] = {}  # all blocks, of which we hold some
+        self.about: dict[str, Any] = {}
         self._stuck_since: float | None = None  # since when we may not decide
-        self._board: Board | None = None
+        self.board: Board | None = None
         self._declared: dict[int, set[int]] = {}  # worker -> ranks
         self._filled: set[int] = set()  # ranks of the worker that fills us which are done
         self._is_filled = False
         self._early: list[tuple[Link, Kind, dict[str, Any]]] = []  # for a board that is none yet
         self._arrivals = Arrivals()
         self._pulls = Pulls(self.table)
-        self._lookups = Lookups()
-        self._coming: dict[Link, torch.Tensor] = {}  # rows of tables
+        self._rows = RowTraffic(self.table.rows, self._do)
         self._updating = False
         self._jobs = ThreadPoolExecutor(1, thread_name_prefix="bigtrain updates")
         self._told: set[tuple[int, int]] = set()  # who knows whether we want its values
@@ -194,15 +187,19 @@ class Server:
             if known.who.incarnation > who.incarnation:
                 raise Malformed(f"{who} was started again since")
             known.close("it has come by another link")
-        knows = not self._is_guest and self.may_decide and not self._is_over
+        knows = not self.admission.waits and self.may_decide and not self._is_over
         return {"identity": self.identity, "alive": self.seniority if knows else []}
 
     def opened(self, link: Link, greeting: dict[str, Any]) -> None:
         who = link.who
         assert who is not None
-        if who.role == "server" and self.peers.is_new(who):
-            self._take_guest(link, who)
+        if who.role == "server" and link.calls is None and self.admission.waits:
+            self.admission.called(link)
+        elif who.role == "server" and self.peers.is_new(who):
+            self.guests.take(link, who)
         elif who.role == "server":
+            if link.calls is not None:
+                self.admission.met(link, greeting)
             self.peers.links[who.index] = link
             self._see_who_keeps_the_board()
         else:
@@ -211,38 +208,35 @@ class Server:
     def closed(self, link: Link, why: str) -> None:
         who = link.who
         self._pulls.drop(link)
-        self._lookups.drop(link)
-        self._coming.pop(link, None)
+        self._rows.drop(link)
         self._early = [frame for frame in self._early if frame[0] is not link]
-        self._late = [declared for declared in self._late if declared[0] is not link]
+        self.admission.closed(link)
         if who is None:
             return
-        if who.role == "server" and self._guests.get(who.index) is link:
-            del self._guests[who.index]
-            if self._board is not None and self._board.is_open:
-                self._board.on_guest_lost(who.index, time.monotonic())
-        elif who.role == "server" and self.peers.links.get(who.index) is link:
+        if who.role == "server" and self.guests.closed(link, who):
+            return
+        if who.role == "server" and self.peers.links.get(who.index) is link:
             del self.peers.links[who.index]
-            self._lose_server(who.index, why, silent=link.silent)
+            self.lose_server(who.index, why, silent=link.silent)
         elif who.role == "worker" and self._workers.get((who.index, who.rank)) is link:
             del self._workers[who.index, who.rank]
             self._lose_worker(who, why)
 
-    def _lose_server(self, server: int, why: str, *, silent: bool = False) -> None:
+    def lose_server(self, server: int, why: str, *, silent: bool = False) -> None:
         at_end = self._is_over or self._is_told_over
         if at_end or server in self.peers.dead:
             return
-        if self._is_guest:
-            self._fail(CommError(f"server {server}: {why}, while it was to let us in"))
+        if self.admission.waits:
+            self.fail(CommError(f"server {server}: {why}, while it was to let us in"))
             return
         self.peers.lose(server, silent=silent)
         log.warning("server %d: %s; the run goes on without it", server, why)
         if self._lost_block is not None:
             return  # nothing can go on here: see `tick`
-        self._tell_who_lives()
+        self.tell_who_lives()
         self._see_who_keeps_the_board()
-        if self._board is not None:
-            self._board.on_server_lost(time.monotonic())
+        if self.board is not None:
+            self.board.on_server_lost(time.monotonic())
             self._go_on(time.monotonic())
 
     @property
@@ -251,9 +245,9 @@ class Server:
         if self._is_over or self._is_told_over or not self.peers.dead:
             return None
         alive = self.alive
-        return next((s.key for s in self._specs.values() if alive.isdisjoint(s.servers)), None)
+        return next((s.key for s in self.specs.values() if alive.isdisjoint(s.servers)), None)
 
-    def _tell_who_lives(self) -> None:
+    def tell_who_lives(self) -> None:
         """Tell workers: whoever waits for a server that is gone, or at another board, must know."""
         if self.may_decide:
             for link in list(self._workers.values()):
@@ -264,27 +258,27 @@ class Server:
             self._filled = set()
         self._declared.get(who.index, set()).discard(who.rank)
         self._told.discard((who.index, who.rank))
-        if self._board is not None:
-            self._board.on_worker_lost(who.index, why)
+        if self.board is not None:
+            self.board.on_worker_lost(who.index, why)
             self._go_on(time.monotonic())
         self._end_if_over()
 
     def _end_if_over(self) -> None:
         """End when all workers have left. Whether they have, the board knows: a server that was let
         in just now has not seen all of them."""
-        knows = self._is_told_over or (self._board is not None and self._board.active)
+        knows = self._is_told_over or (self.board is not None and self.board.active)
         if self._someone_left and knows and not self._workers and not self._is_over:
             self.peers.say(Kind.BYE)
             self.stop()
 
     def _see_who_keeps_the_board(self) -> None:
         """Keep the board, if it is our turn."""
-        if self._is_guest:
+        if self.admission.waits:
             return
         mine = self.setup.index == self.seniority[0]
-        waits = self._board is not None and not self._board.active
-        if self._board is not None and mine and waits and not self.peers.missing:
-            self._board.take_over(time.monotonic())
+        waits = self.board is not None and not self.board.active
+        if self.board is not None and mine and waits and not self.peers.missing:
+            self.board.take_over(time.monotonic())
 
     # -- frames --------------------------------------------------------------------------------
 
@@ -292,7 +286,7 @@ class Server:
         who = link.who
         assert who is not None
         if header.kind is Kind.VALUES and who.role == "server":
-            if who.index not in self._sources:
+            if not self.admission.expects(who.index):
                 raise Malformed("values that nobody has asked for")
             return self._room_for_values(link, header)
         if who.role != "worker" or header.kind is Kind.TENSOR:
@@ -302,36 +296,26 @@ class Server:
                 raise Malformed("values that nobody has asked for")
             return self._room_for_values(link, header)
         if header.kind is Kind.LOOKUP:
-            return self._room_for_rows(link, header, columns=False)
-        if header.key in self.table.rows.parts:
-            self._room_for_rows(link, header, columns=True)
-        if self._is_old(header.step):  # its bytes must go somewhere
-            if link in self._coming:
-                return bytes_of(self._coming[link])
-            return memoryview(bytearray(self.table.gradient_bytes(header.key)))
-        if header.step > self.version + _MOST_AHEAD + self.setup.rules.staleness:
+            return self._rows.room(link, header)
+        is_old = self._is_old(header.step)
+        if not is_old and header.step > self.version + _MOST_AHEAD + self.setup.rules.staleness:
             raise Malformed(f"a gradient of round {header.step}, after round {self.version}")
-        if link in self._coming:
-            return bytes_of(self._coming[link])
+        if header.key in self.table.rows.parts:
+            return self._rows.room(link, header)
+        if is_old:  # its bytes must go somewhere
+            return memoryview(bytearray(self.table.gradient_bytes(header.key)))
         return self.table.room_for_gradient(_source(who, header), header.key)
 
     def _room_for_values(self, link: Link, header: Header) -> memoryview:
         if header.part == PAGE:
-            return self._room_for_rows(link, header, columns=True, page=True)
+            return self._rows.room(link, header)
         return self.table.room_for_values(header.key, header.part)
-
-    def _room_for_rows(
-        self, link: Link, header: Header, *, columns: bool, page: bool = False
-    ) -> memoryview:
-        message = self.table.rows.message(header.key, header.length, columns=columns, page=page)
-        self._coming[link] = message
-        return bytes_of(message)
 
     def _is_old(self, clock: int) -> bool:
         return self.setup.rules.mode != "async" and clock <= self.version
 
     def frame(self, link: Link, header: Header, content: dict[str, Any]) -> None:
-        who, rows = link.who, self._coming.pop(link, None)
+        who, rows = link.who, self._rows.came(link)
         assert who is not None
         both = header.kind in (Kind.BYE, Kind.VALUES, Kind.FILLED)
         if not both and (header.kind in _FROM_SERVERS) != (who.role == "server"):
@@ -344,8 +328,7 @@ class Server:
             if rows is not None:  # else they are in their place
                 self.table.rows.parts[header.key].take(rows)
         elif header.kind is Kind.FILLED and who.role == "server":
-            self._sources.discard(who.index)
-            self._see_whether_all_is_here()
+            self.admission.on_filled(who.index)
         elif who.role == "server":
             self._obey(header.kind, content, who.index)
         elif header.kind is Kind.PUSH:
@@ -354,17 +337,18 @@ class Server:
             self._on_pull(link, header, content)
         elif header.kind is Kind.LOOKUP:
             assert rows is not None
-            self._on_lookup(link, header, rows)
+            self._rows.on_lookup(link, header, rows)
+            self._rows.look_up(self.version)
         elif header.kind is Kind.TURN_PAGE:
-            self._on_turn_page(link, header, number(content, "after"))
+            self._rows.on_turn_page(link, header, number(content, "after"))
         elif header.kind is Kind.DECLARE:
-            self._on_declare(link, who, content)
+            self.on_declare(link, who, content)
         elif header.kind is Kind.FILLED:
             self._on_filled(who, content)
         elif header.kind is Kind.BYE:
             self._someone_left = True
-            if self._board is not None:
-                self._board.on_worker_left(who.index)
+            if self.board is not None:
+                self.board.on_worker_left(who.index)
             link.close("it has left")
         elif header.kind in (Kind.READY, Kind.REPORT, Kind.OFFER) and who.rank == 0:
             self._on_board_frame(link, header.kind, content)
@@ -373,16 +357,16 @@ class Server:
 
     # -- at the beginning ----------------------------------------------------------------------
 
-    def _on_declare(self, link: Link, who: Who, content: dict[str, Any]) -> None:
+    def on_declare(self, link: Link, who: Who, content: dict[str, Any]) -> None:
         blocks = content.get("blocks")
         if not isinstance(blocks, list):
             raise Malformed("no blocks")
         specs = [spec_from_message(block) for block in blocks]
         mine = [spec for spec in specs if self.setup.index in spec.servers]
-        if self._is_guest:
-            self._late.append((link, who, content))
+        if self.admission.waits:
+            self.admission.postpone(link, who, content)
             return
-        self._specs |= {spec.key: spec for spec in specs}
+        self.specs |= {spec.key: spec for spec in specs}
         if self.table.optimizer is not None and not self.table.knows([s.key for s in mine]):
             raise Malformed("a block that other workers do not have: their layout differs")
         self.table.declare(mine)
@@ -422,138 +406,33 @@ class Server:
         self._filled.add(who.rank)
         if len(self._filled) < who.ranks:
             return
-        self._begin(content)
+        self.begin(content)
         self._see_who_keeps_the_board()
         self._offer_to_be_filled()
 
-    def _begin(self, about: dict[str, Any]) -> None:
+    def begin(self, about: dict[str, Any]) -> None:
         """All that we hold is here."""
         assert self.table.optimizer is not None
-        self._about = about
+        self.about = about
         self.policy.begin(about)
-        self.table.rounded(fresh=not self._is_guest)
+        self.table.rounded(fresh=not self.admission.waits)
         self.table.optimizer.num_updates = number(about, "num_updates")
         self.version = number(about, "step")
         self._is_filled = True
         shares = Shares(self.setup.rules.workers, self.setup.batch, number(about, "cursor"))
         rounds = Rounds(self.setup.rules, shares, self.version)
-        self._board = Board(rounds, self.policy, self, self.setup.lease_seconds)
+        self.board = Board(rounds, self.policy, self, self.setup.lease_seconds)
 
-    # -- servers that come back ----------------------------------------------------------------
-
-    def _take_guest(self, link: Link, who: Who) -> None:
-        """A server was started again; its end may not have been noticed yet."""
-        old = self.peers.links.get(who.index)
-        if old is not None:
-            old.close("it was started again")
-        elif who.index not in self.peers.dead and not self._is_guest:
-            self._lose_server(who.index, "it was started again")
-        self.peers.know(who)
-        self._guests[who.index] = link
-        if who.index in self._owed:
-            self._owed.discard(who.index)
-            self._give_all(who.index)
-        if self._board is not None and self._board.active:
-            self._board.on_guest(who.index)
+    # -- servers that come back (see guests.py) ------------------------------------------------
 
     def adopt(self, guest: int, content: dict[str, Any]) -> None:
-        about = {**self._about, "step": self.version, "num_updates": self.num_updates}
-        sources = {self._source_for(s) for s in self._specs.values() if guest in s.servers}
-        content = {
-            **content,
-            "about": about,
-            "alive": self.seniority,
-            "specs": [spec.to_message() for spec in self._specs.values()],
-            "sources": sorted(sources),
-        }
-        self._adopting = content
-        if guest in self._guests:
-            self._guests[guest].say(Kind.ADOPT, content)
-
-    def _source_for(self, spec: Spec) -> int:
-        return next(server for server in spec.servers if server in self.alive)
-
-    def _on_adopt(self, content: dict[str, Any], sender: int) -> None:
-        guest = number(content, "guest")
-        if guest == self.setup.index:
-            specs = [spec_from_message(block) for block in content["specs"]]
-            self._specs = {spec.key: spec for spec in specs}
-            self.table.declare(spec for spec in specs if guest in spec.servers)
-            self.table.build()
-            self._sources = set(content["sources"])
-            self._adopted = content
-            self._answer(sender, Kind.ADOPT, {"guest": guest})  # there is room for it now
-            self._see_whether_all_is_here()
-        elif sender == guest:
-            self.order(Kind.ADOPT, self._adopting)
-        elif self.setup.index in content["sources"] and guest not in self._guests:
-            self._owed.add(guest)  # it has not called us yet
-        elif self.setup.index in content["sources"]:
-            self._give_all(guest)
-
-    def _give_all(self, guest: int) -> None:
-        """Send a guest what it is to hold, of what we answer for."""
-        link = self._guests[guest]
-        pages: list[tuple[int, Iterator[torch.Tensor]]] = []
-        for spec in self._specs.values():
-            if guest not in spec.servers or self._source_for(spec) != self.setup.index:
-                continue
-            if isinstance(spec, RowSpec):
-                pages.append((spec.key, self.table.rows.parts[spec.key].pages()))
-            else:
-                replica = len(self.table.moments) + 2
-                for part in (*range(len(self.table.moments) + 1), replica):
-                    data, sent = self.table.send(spec.key, part, main=True)
-                    link.send(Kind.VALUES, data, sent, key=spec.key, part=part)
-        self._give_pages(link, pages)
-
-    def _give_pages(self, link: Link, pages: list[tuple[int, Iterator[torch.Tensor]]]) -> None:
-        """Send what is left of tables, each page when the one before is on its way."""
-        if not link.open:
-            return
-        if not pages:
-            link.say(Kind.FILLED, {})
-            return
-        key, some = pages[0]
-        message = next(some, None)
-        if message is None:
-            self._give_pages(link, pages[1:])
-            return
-
-        def sent() -> None:
-            self.loop.call(lambda: self._give_pages(link, pages))
-
-        link.send(Kind.VALUES, bytes_of(message), sent, key=key, part=PAGE)
-
-    def _see_whether_all_is_here(self) -> None:
-        """A guest that has got all tells the board."""
-        if self._sources or not self._adopted or not self._is_guest:
-            return
-        content, self._adopted = self._adopted, {}
-        self._begin(content["about"])
-        assert self._board is not None
-        for kind, name in ((Kind.ROUND, "round"), (Kind.APPLY, "apply")):
-            if content[name] is not None:
-                self._board.note(kind, content[name])
-        self.peers.join(content["alive"])
-        self._is_guest = False
-        late, self._late = self._late, []
-        for declared in late:
-            self._on_declare(*declared)
-        self.peers.links[content["alive"][0]].say(Kind.JOINED, {})
+        self.guests.adopt(guest, content)
 
     def let_in(self, guest: int) -> None:
-        self.order(Kind.ALIVE, {"server": guest})
-        self._on_alive(guest)
+        self.guests.let_in(guest)
 
     def turn_away(self, guest: int) -> None:
-        if guest in self._guests:
-            self._guests[guest].refuse("a server that was to give you something is gone")
-
-    def _on_alive(self, server: int) -> None:
-        if server in self._guests:
-            self.peers.take_back(server, self._guests.pop(server))
-            self._tell_who_lives()
+        self.guests.turn_away(guest)
 
     # -- gradients and parameters --------------------------------------------------------------
 
@@ -570,37 +449,10 @@ class Server:
         if header.step <= self.version and not self._updating:
             self._pulls.answer(header.key, self.version)
 
-    def _on_lookup(self, link: Link, header: Header, message: torch.Tensor) -> None:
-        (rows,) = unpack_rows(message, [])
-        self.table.rows.parts[header.key].check(rows, increase=False)
-        self._lookups.add(Lookup(link, header.key, header.step, rows))
-        self._look_up()
-
-    def _look_up(self) -> None:
-        """Fetch rows for those whose version is here, after an update that is being made."""
-        for due in self._lookups.due(self.version):
-
-            def done(found: torch.Tensor, due: Lookup = due) -> None:
-                due.link.send(Kind.TENSOR, bytes_of(found), key=due.key, step=self.version)
-
-            self._do(partial(self.table.rows.parts[due.key].lookup, due.rows), done)
-
-    def _on_turn_page(self, link: Link, header: Header, after: int) -> None:
-        part = self.table.rows.parts.get(header.key)
-        if part is None:
-            raise Malformed(f"a page of table {header.key}, which nobody has declared")
-
-        def done(page: tuple[torch.Tensor, int]) -> None:
-            message, following = page
-            data = bytes_of(message)
-            link.send(Kind.TENSOR, data, key=header.key, step=following, part=PAGE)
-
-        self._do(partial(part.page, after), done)
-
     # -- orders of the board, and answers ------------------------------------------------------
 
     def _on_board_frame(self, link: Link, kind: Kind, content: dict[str, Any]) -> None:
-        who, board, now = link.who, self._board, time.monotonic()
+        who, board, now = link.who, self.board, time.monotonic()
         assert who is not None
         if board is None or not board.is_open:
             self._early.append((link, kind, content))  # it knows of a board's end before we do
@@ -615,15 +467,18 @@ class Server:
 
     def _obey(self, kind: Kind, content: dict[str, Any], sender: int) -> None:
         """Do what a board orders, or take what a server answers."""
-        board, now = self._board, time.monotonic()
+        board, now = self.board, time.monotonic()
         if kind is Kind.STATE and not content:
             state = board.state() if board is not None else {}
-            self._answer(sender, Kind.STATE, {"server": self.setup.index, **state})
+            self.answer(sender, Kind.STATE, {"server": self.setup.index, **state})
             return
         if kind is Kind.ADOPT:
-            self._on_adopt(content, sender)
+            if content.get("guest") == self.setup.index:
+                self.admission.on_adopt(content, sender)
+            else:
+                self.guests.on_adopt(content, sender)
         if kind is Kind.ALIVE:
-            self._on_alive(number(content, "server"))
+            self.guests.on_alive(number(content, "server"))
         if board is None:
             return
         if kind is Kind.JOINED:
@@ -645,7 +500,7 @@ class Server:
                 self._on_board_frame(*frame)
             self._go_on(now)
 
-    def _answer(self, server: int, kind: Kind, content: dict[str, Any]) -> None:
+    def answer(self, server: int, kind: Kind, content: dict[str, Any]) -> None:
         if server == self.setup.index:
             self.loop.call(lambda: self._obey(kind, content, server))
         elif server in self.peers.links:
@@ -669,17 +524,17 @@ class Server:
 
         def done(found: dict[str, Any]) -> None:
             answer = {"number": closed.number, "alive": alive, **found}
-            self._answer(sender, Kind.SQUARES, answer)
+            self.answer(sender, Kind.SQUARES, answer)
 
         self._do(work, done)
 
     def _on_apply(self, content: dict[str, Any], sender: int) -> None:
-        assert self._board is not None
+        assert self.board is not None
         done_number = number(content, "number")
         if done_number <= self.version:
-            self._answer(sender, Kind.APPLIED, {"number": done_number})
+            self.answer(sender, Kind.APPLIED, {"number": done_number})
             return
-        self._board.note(Kind.APPLY, content)
+        self.board.note(Kind.APPLY, content)
         update, outcome = content["update"], Closed.from_message(content["outcome"])
         self.table.detach_sent()
         self._updating = True
@@ -695,8 +550,8 @@ class Server:
             self._updating, self.version = False, done_number
             self._forget(outcome)
             self._pulls.answer_all(done_number)
-            self._look_up()
-            self._answer(sender, Kind.APPLIED, {"number": done_number})
+            self._rows.look_up(done_number)
+            self.answer(sender, Kind.APPLIED, {"number": done_number})
             for event in self.setup.chaos.due(done_number):
                 self.loop.suffer(event)
 
@@ -721,13 +576,13 @@ class Server:
                 return
             error = future.exception()
             if error is not None:
-                self.loop.call(lambda: self._fail(error))
+                self.loop.call(lambda: self.fail(error))
             else:
                 self.loop.call(lambda: done(future.result()))
 
         self._jobs.submit(work).add_done_callback(ended)
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         """End, telling all workers why."""
         self.failure = self.failure or error
         for link in list(self._workers.values()):
@@ -738,9 +593,9 @@ class Server:
 
     def _go_on(self, now: float) -> None:
         """Have the board do what can be done now, and look again when it may do more."""
-        assert self._board is not None
-        self._board.go_on(now)
-        later = self._board.rounds.again_in(now) if self._board.is_open else None
+        assert self.board is not None
+        self.board.go_on(now)
+        later = self.board.rounds.again_in(now) if self.board.is_open else None
         if later is not None:
             self.loop.due = min(self.loop.due, now + max(later, 0.001))
 
@@ -749,16 +604,17 @@ class Server:
             return
         self._end_if_over()
         # Those before us listen, we call; a guest calls all.
-        self.peers.call(self.loop, now, everybody=self._is_guest)
-        if now - self._begun > self.setup.rules.join_seconds and not self._is_guest:
+        self.peers.call(self.loop, now, everybody=self.admission.waits)
+        self.admission.tick(now)
+        if now - self._begun > self.setup.rules.join_seconds and not self.admission.waits:
             for server in self.peers.missing:
-                self._lose_server(server, "it did not come")
+                self.lose_server(server, "it did not come")
         if not self.may_decide:
             self._stuck_since = self._stuck_since or now
             self._see_whether_it_is_over(now - self._stuck_since)
             return
         self._stuck_since = None
-        if self._board is not None and self._board.active:
+        if self.board is not None and self.board.active:
             self._go_on(now)
             self._tell_status(now)
 
@@ -767,7 +623,7 @@ class Server:
         itself: within the lease it hears nothing of workers either."""
         lease, lost = self.setup.lease_seconds, self._lost_block
         if self._may_be_cut_off and seconds > 2 * lease:
-            self._fail(
+            self.fail(
                 CommError(
                     f"server {self.setup.index} hears nothing of "
                     f"{self.peers.named(self.peers.silent)}, and "
@@ -777,7 +633,7 @@ class Server:
                 )
             )
         elif not self._may_be_cut_off and (seconds > lease or not self.peers.silent):
-            self._fail(
+            self.fail(
                 BigtrainError(
                     f"all servers that held block {lost} are gone",
                     why="what they had since the last checkpoint is lost with them",
@@ -788,7 +644,7 @@ class Server:
 
     def _tell_status(self, now: float) -> None:
         """Write how the run is, for `bigtrain status`."""
-        board = self._board
+        board = self.board
         if self.setup.status is None or now - self._status_at < _STATUS_SECONDS or board is None:
             return
         self._status_at = now

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from bigtrain.server.link import Link
-from bigtrain.server.protocol import STEPS, Kind, Malformed
-from bigtrain.server.table import Source, Table
+from bigtrain.server.protocol import PAGE, STEPS, Header, Kind, Malformed
+from bigtrain.server.rows import RowTables, unpack_rows
+from bigtrain.server.table import Source, Table, bytes_of
 
 
 class Arrivals:
@@ -96,21 +99,76 @@ class Lookup:
     rows: torch.Tensor
 
 
-class Lookups:
-    """Wishes for rows that wait until an update is made."""
+class RowTraffic:
+    """Rows of tables that come to a server and go from it.
 
-    def __init__(self) -> None:
+    do(work, done): have `work` done on the thread of updates, so that no update is seen half done,
+    and `done` with what it returns on the loop's.
+    """
+
+    def __init__(
+        self, rows: RowTables, do: Callable[[Callable[[], Any], Callable[[Any], None]], None]
+    ) -> None:
+        self.rows, self._do = rows, do
+        self._coming: dict[Link, torch.Tensor] = {}
         self._waiting: list[Lookup] = []
+        self._version = 0
 
-    def add(self, lookup: Lookup) -> None:
-        self._waiting.append(lookup)
+    def room(self, link: Link, header: Header) -> memoryview:
+        """Return where a message of rows goes that a frame brings.
+
+        Raises:
+            Malformed: there is no such part of a table, or it has not so many rows.
+        """
+        page, columns = header.part == PAGE, header.kind is not Kind.LOOKUP
+        message = self.rows.message(header.key, header.length, columns=columns, page=page)
+        self._coming[link] = message
+        return bytes_of(message)
+
+    def came(self, link: Link) -> torch.Tensor | None:
+        """Return the message that a frame has brought; None if it was none of rows."""
+        return self._coming.pop(link, None)
 
     def drop(self, link: Link) -> None:
         """Its peer is gone."""
+        self._coming.pop(link, None)
         self._waiting = [lookup for lookup in self._waiting if lookup.link is not link]
 
-    def due(self, version: int) -> list[Lookup]:
-        """Return, and forget, those that wait for `version` or an older one."""
+    def on_lookup(self, link: Link, header: Header, message: torch.Tensor) -> None:
+        """A worker wishes for rows.
+
+        Raises:
+            Malformed: the part of the table has not these.
+        """
+        (rows,) = unpack_rows(message, [])
+        self.rows.parts[header.key].check(rows, increase=False)
+        self._waiting.append(Lookup(link, header.key, header.step, rows))
+
+    def look_up(self, version: int) -> None:
+        """Fetch rows for those who wait for `version` or an older one. An update that is being made
+        comes first: then they get what it has made."""
+        self._version = version
         due = [lookup for lookup in self._waiting if lookup.version <= version]
         self._waiting = [lookup for lookup in self._waiting if lookup.version > version]
-        return due
+        for one in due:
+
+            def done(found: torch.Tensor, one: Lookup = one) -> None:
+                one.link.send(Kind.TENSOR, bytes_of(found), key=one.key, step=self._version)
+
+            self._do(partial(self.rows.parts[one.key].lookup, one.rows), done)
+
+    def on_turn_page(self, link: Link, header: Header, after: int) -> None:
+        """A worker wishes for a page of a table.
+
+        Raises:
+            Malformed: there is no such table.
+        """
+        part = self.rows.parts.get(header.key)
+        if part is None:
+            raise Malformed(f"a page of table {header.key}, which nobody has declared")
+
+        def done(page: tuple[torch.Tensor, int]) -> None:
+            data = bytes_of(page[0])
+            link.send(Kind.TENSOR, data, key=header.key, step=page[1], part=PAGE)
+
+        self._do(partial(part.page, after), done)

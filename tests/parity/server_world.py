@@ -398,7 +398,7 @@ class World:
 
         def is_whole(server: Server) -> bool:
             links = server.peers.links.keys() | {server.setup.index}
-            return not server._is_guest and server.alive == links == everybody
+            return not server.admission.waits and server.alive == links == everybody
 
         wait_for("all servers to be there", lambda: all(map(is_whole, self.servers)))
 
@@ -448,15 +448,15 @@ class World:
         """Return how all are, for whoever looks at a test that has failed."""
         lines = []
         for server in self.servers:
-            about = _of(server, "version", "alive", "_is_filled", "_is_guest", "_updating")
+            about = _of(server, "version", "alive", "_is_filled", "_updating")
             links = {"servers": list(server.peers.links), "workers": list(server._workers)}
             thread = "runs" if self.threads[server].is_alive() else "has ended"
             lines.append(f"server {server.setup.index} {thread}: {about} {links}")
-            if server._board is not None:
+            if server.board is not None:
                 names = ("active", "_asked", "_expected", "_closed", "_answers", "_waiting_for")
-                lines.append(f"  board: {_of(server._board, *names, '_guest', '_waiting')}")
+                lines.append(f"  board: {_of(server.board, *names, '_guest', '_waiting')}")
                 names = ("version", "members", "holder")
-                lines.append(f"  rounds: {_of(server._board.rounds, *names)}")
+                lines.append(f"  rounds: {_of(server.board.rounds, *names)}")
         for worker in self.all_workers:
             names = ("_links", "_dead", "_order", "_turn", "_report", "_have", "_pulls", "_failure")
             runs = "runs" if worker.is_alive() else "has ended"

@@ -143,7 +143,7 @@ def test_servers_are_killed_in_turn_and_started_again() -> None:
             some.kill_server(victim)
             if count < 2:
                 guest = some.server(victim, incarnation=1)
-                wait_for("the guest to be let in", lambda guest=guest: not guest._is_guest)
+                wait_for("the guest to be let in", lambda guest=guest: not guest.admission.waits)
                 wait_for(
                     "workers to speak with it",
                     lambda v=victim: all(v in worker.client._links for worker in workers),
@@ -544,9 +544,9 @@ def test_a_worker_joins_while_a_server_ends() -> None:
         ends = some.servers[2]
 
         def end(*_: Any) -> None:
-            ends._fail(CommError("it hears nothing of the others"))
+            ends.fail(CommError("it hears nothing of the others"))
 
-        ends._on_declare = end  # type: ignore[method-assign]
+        ends.on_declare = end  # type: ignore[method-assign]
         workers[1].vanish()
         back = some.worker(1, 1, seconds=0.01)
         wait_for("it to take part", lambda: len(back.bases) > 2 or back.error)
@@ -558,13 +558,28 @@ def test_the_only_server_ends_while_a_worker_joins() -> None:
         ends = some.servers[0]
 
         def end(*_: Any) -> None:
-            ends._fail(CommError("it has no memory left"))
+            ends.fail(CommError("it has no memory left"))
 
-        ends._on_declare = end  # type: ignore[method-assign]
+        ends.on_declare = end  # type: ignore[method-assign]
         worker = some.worker(0)
         wait_for("it to end", lambda: not worker.is_alive(), 8.0)
         assert isinstance(worker.error, CommError)
         assert "it has no memory left" in str(worker.error)
+
+
+def test_all_servers_are_started_again() -> None:
+    """Nobody is left who could give them anything: they say so, and do not wait for ever."""
+    with world(servers=2, replicas=2, workers=2, steps=10**6) as some:
+        some.start(seconds=0.01)
+        some.wait_version(3)
+        for index in (0, 1):
+            some.kill_server(index)
+        for index in (0, 1):
+            some.server(index, incarnation=1)
+        some.wait_servers()
+        assert any("none is left" in str(failure) for failure in some.failures.values())
+        for worker in some.workers.values():
+            worker.gone = True
 
 
 def test_a_worker_that_was_cut_off_finds_servers_that_came_back() -> None:
@@ -1209,7 +1224,7 @@ def test_a_beginning_before_any_block_is_declared() -> None:
 
 
 def reported(some: World, worker: int) -> bool:
-    board = some.servers[0]._board
+    board = some.servers[0].board
     member = board.rounds.members.get(worker) if board is not None else None
     return member is not None and bool(member.reports)
 
@@ -1251,7 +1266,7 @@ def test_an_offer_with_other_values_than_all_have() -> None:
         some.worker(0, busy=add_up)
         with Peer(some) as peer:
             peer.take_turn(1)
-            board = some.servers[0]._board
+            board = some.servers[0].board
             assert board is not None
             wait_for("the other's offer", lambda: board._sums)
             peer.send(text_frame(Kind.OFFER, OFFER))
