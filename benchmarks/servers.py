@@ -292,6 +292,7 @@ def local(folder: Path, steps: int, workers: int = 2) -> None:
         ("all-reduce", None),
         ("local 20, fp32", {"push": "fp32", "pull": "fp32"}),
         ("local 20, int4, int4", {}),
+        ("local 20, int4, int4, 4 fragments", {"fragments": 4}),
         ("local 20, fp32, no momentum", {"push": "fp32", "pull": "fp32", **NO_MOMENTUM}),
         ("local 20, onebit, onebit", {"push": "onebit", "pull": "onebit", **NO_MOMENTUM}),
         ("local 20, topk, topk", {"push": "topk", "pull": "topk", **NO_MOMENTUM}),

@@ -16,6 +16,7 @@ from bigtrain.comm.buckets import Segment
 from bigtrain.config.load import load_config
 from bigtrain.config.schema import Config, SgdOptimizer
 from bigtrain.engines.coding import coding_of
+from bigtrain.engines.seat import fragments_of
 from bigtrain.errors import LaunchError
 from bigtrain.lifetime import StopRequest
 from bigtrain.machine import threads_per_rank
@@ -67,14 +68,9 @@ class RunPolicy:
 
     def is_held(self, closed: Closed) -> bool:
         every = self.config.checkpoint.every
-        number = closed.number * steps_of_round(self.config)
+        number = closed.number * self.config.server.steps_of_round
         is_last = number >= self.config.train.steps or any(closed.totals[2:])
         return is_last or (every > 0 and number % every == 0)
-
-
-def steps_of_round(config: Config) -> int:
-    """Return how many steps of the run a round is."""
-    return config.server.local_steps if config.server.mode == "local" else 1
 
 
 def rules_of(config: Config) -> Rules:
@@ -108,10 +104,11 @@ def serve(config_path: str, overrides: Sequence[str], stop: StopRequest) -> None
         addresses=env.addresses,
         token=env.token,
         rules=rules_of(config),
-        batch=config.train.global_batch * steps_of_round(config),
+        batch=config.train.global_batch * config.server.steps_of_round,
         lease_seconds=config.server.lease_seconds,
         status=RunFolder(Path(config.run.dir)).status,
         incarnation=env.incarnation,
+        fragments=fragments_of(config),
         chaos=Chaos(env.chaos, "server", env.server, env.incarnation),
     )
 

@@ -314,8 +314,9 @@ def lead_served(
             if ended.asked is not None or not run.has_lost_servers:
                 raise
             if not newest:
-                why = "there is no checkpoint to go on from: set checkpoint.every, or"
-                text = f"{ended}\n  ({why} server.replicas=2)"
+                why = "there is no checkpoint to go on from: set checkpoint.every"
+                more = "" if config.server.replicas > 1 else ", or server.replicas=2"
+                text = f"{ended}\n  ({why}{more})"
                 raise Ended(ended.exit_code, text, None, ended.lost_nodes) from None
             left = without(plan, config.server, [n for n in seats.nodes if not place.has([n])])
             if left is None or restarts >= config.server.restarts:

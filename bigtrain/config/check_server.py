@@ -12,6 +12,7 @@ _WHOLE = ("lamb", "muon")
 _ROUNDS = ("local", "sync", "ssp")
 _DEPENDS = {  # keys that some modes alone look at
     "local_steps": ("local",),
+    "fragments": ("local",),
     "outer_lr": ("local",),
     "outer_momentum": ("local",),
     "staleness": ("ssp",),
@@ -101,6 +102,14 @@ def _local(config: Config) -> Iterator[Problem]:
     each = config.server.local_steps
     if config.server.mode != "local":
         return
+    if each % config.server.fragments:
+        yield Problem(
+            f"server.local_steps = {each} is no multiple of server.fragments = "
+            f"{config.server.fragments}",
+            why="fragments take turns, each after as many steps",
+            mend="set server.local_steps to a multiple of it",
+            keys=("server.local_steps", "server.fragments"),
+        )
     for key, steps in (
         ("train.steps", config.train.steps),
         ("checkpoint.every", config.checkpoint.every),

@@ -51,6 +51,9 @@ class ServerSection(Section):
     rounds ahead. async: a step with each worker's gradient, as it comes."""
     local_steps: PositiveInt = 20
     """local: steps that a worker takes by itself in a round."""
+    fragments: PositiveInt = 1
+    """local: parts of the model which take turns to meet the servers, each after local_steps: then
+    less is on the wire at a time. Before checkpoints and evaluations all meet."""
     outer_lr: Annotated[float, Field(gt=0)] = 0.7
     """local: the servers' learning rate; 1 is the mean of the workers' parameters."""
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -96,6 +99,11 @@ class ServerSection(Section):
     def nodes_per_worker(self, num_nodes: int) -> int:
         """Return how many of these nodes each worker has; several workers may share one."""
         return max(1, num_nodes // self.workers)
+
+    @property
+    def steps_of_round(self) -> int:
+        """Steps of the run in a round."""
+        return self.local_steps // self.fragments if self.mode == "local" else 1
 
     @property
     def least(self) -> int:

@@ -41,7 +41,7 @@ class Meetings:
         self.buckets = self.blocks.buckets
         self.anchors = {b.index: b.main_params.detach().cpu().clone() for b in self.buckets}
         self._ways = {b.index: torch.empty_like(self.anchors[b.index]) for b in self.buckets}
-        self.version = 0
+        self.version: int | None = None  # that the parameters here are of
 
     def anchor(self, bucket: Bucket) -> torch.Tensor:
         return self.anchors[bucket.index]
@@ -53,31 +53,33 @@ class Meetings:
             self.anchor(bucket).copy_(bucket.main_params)
 
     def go(self) -> None:
-        """Push how far this worker came."""
+        """Push how far this worker came, of the blocks that meet in this round."""
         self.path.settle()
-        for bucket in self.buckets:
+        clock = self.seat.turn["clock"]
+        for bucket in self.blocks.meeting(clock - 1, clock):
             way = self._ways[bucket.index]
             torch.sub(self.anchor(bucket), bucket.main_params.cpu(), out=way)
-            self.blocks.push(self.seat.turn["clock"], bucket, way)
+            self.blocks.push(clock, bucket, way)
 
     def come_back(self) -> None:
-        """Take up the servers' parameters, on all ranks of the worker."""
-        self.blocks.pull(self.seat.turn["version"], self.anchor)
-        came = []
-        for bucket in reversed(self.buckets):
-            came.append(self.blocks.wait(bucket, self.anchor(bucket)))
+        """Take up the servers' parameters that have changed, on all ranks of the worker."""
+        version = self.seat.turn["version"]
+        known, self.version = self.version, version
+        changed = self.buckets if known is None else self.blocks.meeting(known, version)
+        self.blocks.pull(version, self.anchor, changed)
+        for bucket in reversed(changed):
+            self.blocks.wait(bucket, self.anchor(bucket))
             bucket.main_params.copy_(self.anchor(bucket))
             bucket.rounded = False
-        self.version = min(came)
         self.path.publish()
 
 
 class LocalClock:
-    """The clock of such a worker: a round is `local_steps` steps."""
+    """The clock of such a worker: a round is `local_steps` steps, shared out to fragments."""
 
     def __init__(self, seat: Seat, meetings: Meetings, batch: int) -> None:
         self.seat, self.meetings, self.batch = seat, meetings, batch
-        self.each = seat.server.local_steps
+        self.each = seat.server.steps_of_round
         self.has_begun = not seat.fills
         self.fill: Callable[[dict[str, Any]], None] = lambda about: None
         self.step = self.cursor = 0
@@ -128,7 +130,7 @@ class LocalClock:
             return [0.0] * len(votes)
         assert self._totals is not None
         self.meetings.go()
-        self.seat.report(self.meetings.version, self._totals)
+        self.seat.report(self.meetings.version or 0, self._totals)
         together = self.seat.totals(self._totals)
         self._meet()
         return together.tolist()[2:]

@@ -14,10 +14,21 @@ from bigtrain.engines.seam import Place
 from bigtrain.server.chaos import Chaos
 from bigtrain.server.client import Client
 from bigtrain.server.environment import Environment
+from bigtrain.server.fragments import Fragments
 from bigtrain.server.protocol import Who
 from bigtrain.server.table import Spec
 
 _MOST_UNTOLD = 64  # rounds; the board tells with each turn which ones count
+
+
+def fragments_of(config: Config) -> Fragments:
+    """Return which blocks meet in a round: all where something is done with the parameters."""
+    each = config.server.steps_of_round
+    steps = (config.train.steps, config.checkpoint.every, config.eval.every)
+    return Fragments(
+        config.server.fragments if config.server.mode == "local" else 1,
+        tuple(some // each for some in steps),
+    )
 
 
 class Seat:
@@ -38,6 +49,7 @@ class Seat:
             env.token,
             lease_seconds=config.server.lease_seconds,
             patience_seconds=max(config.parallel.timeout_seconds, config.server.join_seconds),
+            fragments=fragments_of(config),
             chaos=Chaos(env.chaos, "worker", env.worker, env.incarnation),
         )
         self.num_servers = len(env.addresses)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import groupby
 
 import torch
@@ -51,13 +51,15 @@ class Optimizer(ABC):
         lr: float | None = None,
         grad_divisor: torch.Tensor | None = None,
         done: Callable[[Bucket], None] | None = None,
+        only: Collection[int] | None = None,
     ) -> None:
         """Do one update with rate `lr`; gradients are first divided by the scalar `grad_divisor`.
 
         Clipping is such a division, fused into the update: no pass over memory of its own. If the
         divisor is NaN or infinite, neither parameters nor moments change. `done(bucket)` is called
         as soon as all segments of a bucket are updated, beginning with the last bucket, which is
-        what the next forward uses first; not for a bucket of which there are none here.
+        what the next forward uses first; not for a bucket of which there are none here. `only`:
+        indices of the buckets to update; None: all.
         """
         self.num_updates += 1
         rate = self.lr if lr is None else lr
@@ -69,6 +71,8 @@ class Optimizer(ABC):
         self._prepare(grad_divisor)
         backward = reversed(list(enumerate(self.segments)))
         for bucket, segments in groupby(backward, key=lambda item: item[1].bucket):
+            if only is not None and bucket.index not in only:
+                continue
             for index, segment in segments:
                 decay = 0.0 if segment.kind == NO_DECAY else self.weight_decay
                 momentum = bucket.momentum

@@ -14,6 +14,7 @@ from typing import Any
 
 from bigtrain.errors import CommError
 from bigtrain.server.chaos import Chaos
+from bigtrain.server.fragments import Fragments
 from bigtrain.server.link import Link, Loop
 from bigtrain.server.protocol import PAGE, STEPS, Header, Kind, Malformed, Who
 from bigtrain.server.rows import PAGE_BYTES
@@ -57,7 +58,9 @@ class Client:
         lease_seconds: float = 5.0,
         patience_seconds: float = 300.0,
         chaos: Chaos | None = None,
+        fragments: Fragments | None = None,
     ) -> None:
+        self.fragments = fragments or Fragments()
         self.who, self.addresses = who, list(addresses)
         self.lease_seconds, self.patience_seconds = lease_seconds, patience_seconds
         self.chaos = chaos or Chaos([], "worker", who.index, who.incarnation)
@@ -489,9 +492,14 @@ class Client:
                 self._report = {**report, "servers": servers}
                 self._say_report()
 
+    def _meeting(self, clock: int) -> list[Spec]:
+        """Return the blocks that are pushed for that round."""
+        meets = self.fragments.meets
+        return [spec for spec in self._specs.values() if meets(spec.fragment, clock)]
+
     def _complete(self, clock: int) -> set[int]:
         """Return the servers that have all that we push to them, or that we push nothing to."""
-        receive = {server for spec in self._specs.values() for server in spec.servers}
+        receive = {server for spec in self._meeting(clock) for server in spec.servers}
         idle = self._links.keys() - receive
         return self._have.get(clock, set()) | idle
 
@@ -500,7 +508,7 @@ class Client:
             return True
         if not self._links:
             return False
-        complete = len(self._pushes.get(clock, ())) == len(self._specs)
+        complete = len(self._pushes.get(clock, ())) == len(self._meeting(clock))
         return complete and self._links.keys() <= self._complete(clock)
 
     def _ask(self, key: int, part: int, pull: _Pull) -> None:

@@ -52,6 +52,11 @@ class RowSpec:
     servers: tuple[int, ...]
 
     @property
+    def fragment(self) -> int:
+        """Tables are in no fragment: they are for modes that have none."""
+        return 0
+
+    @property
     def count(self) -> int:
         """Rows of this part."""
         return max(0, self.num_rows - self.part + self.parts - 1) // self.parts

@@ -16,6 +16,7 @@ from bigtrain.errors import BigtrainError, CommError
 from bigtrain.server.board import Board, Policy
 from bigtrain.server.chaos import Chaos
 from bigtrain.server.coding import Coding
+from bigtrain.server.fragments import Fragments
 from bigtrain.server.guests import Admission, Guests
 from bigtrain.server.link import Link, Loop
 from bigtrain.server.peers import Peers
@@ -48,6 +49,7 @@ class Setup:
     index: its number among `addresses`. token: the run's secret. lease_seconds: of silence after
     which a peer is gone. batch: samples of a step. status: file that tells how the run is.
     incarnation: how often it was started before; then others must give it what it is to hold.
+    fragments: blocks that meet in a round.
     """
 
     index: int
@@ -58,6 +60,7 @@ class Setup:
     lease_seconds: float = 5.0
     status: Path | None = None
     incarnation: int = 0
+    fragments: Fragments = field(default_factory=Fragments)
     chaos: Chaos = field(default_factory=lambda: Chaos([], "server", 0, 0))
 
 
@@ -77,7 +80,9 @@ class Server:
         rows: RowTables | None = None,
     ) -> None:
         self.setup, self.policy = setup, policy
-        self.table = Table(make_optimizer, push=push, pull=pull, rows=rows)
+        self.table = Table(
+            make_optimizer, push=push, pull=pull, rows=rows, fragments=setup.fragments
+        )
         self.loop = Loop(self, setup.token, setup.lease_seconds)
         self.identity = nonce()  # of this process: one that is started again is another
         self.failure: BaseException | None = None
@@ -94,7 +99,7 @@ class Server:
         self._filled: set[int] = set()  # ranks of the worker that fills us which are done
         self._is_filled = False
         self._early: list[tuple[Link, Kind, dict[str, Any]]] = []  # for a board that is none yet
-        self._arrivals = Arrivals()
+        self._arrivals = Arrivals(setup.fragments)
         self._pulls = Pulls(self.table)
         self._rows = RowTraffic(self.table.rows, self._do)
         self._updating = False
@@ -370,7 +375,7 @@ class Server:
         if self.table.optimizer is not None and not self.table.knows([s.key for s in mine]):
             raise Malformed("a block that other workers do not have: their layout differs")
         self.table.declare(mine)
-        self._arrivals.expect(who.index, who.rank, len(mine))
+        self._arrivals.expect(who.index, who.rank, mine)
         self.table.rows.expect(who.index, who.ranks)
         ranks = self._declared.setdefault(who.index, set())
         ranks.add(who.rank)
@@ -518,7 +523,7 @@ class Server:
         ]
 
         def work() -> dict[str, Any]:
-            missing = self.table.add_up(sources)
+            missing = self.table.add_up(closed.number, sources)
             liars = sorted({source[0] for source, _ in missing})
             return {"missing": liars, "squares": 0.0 if liars else self.table.squares(mine)}
 

@@ -22,6 +22,7 @@ from bigtrain.comm.mesh import Axis
 from bigtrain.ops.grad_norm import grad_norm
 from bigtrain.ops.op import Kernels
 from bigtrain.server.coding import Coding, Exact
+from bigtrain.server.fragments import Fragments
 from bigtrain.server.protocol import Malformed, number, whole_numbers
 from bigtrain.server.rows import RowSpec, RowTables
 
@@ -47,6 +48,7 @@ class Updates(Protocol):
         lr: float | None = None,
         grad_divisor: torch.Tensor | None = None,
         done: Callable[[Bucket], None] | None = None,
+        only: Collection[int] | None = None,
     ) -> None: ...
 
 
@@ -79,13 +81,15 @@ class Stretch:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """A block as its workers declare it. servers: who hold it; dtype: of what they compute with."""
+    """A block as its workers declare it. servers: who hold it; dtype: of what they compute with;
+    fragment: see Fragments."""
 
     key: int
     numel: int
     dtype: str
     servers: tuple[int, ...]
     stretches: tuple[Stretch, ...]
+    fragment: int = 0
 
     def to_message(self) -> dict[str, Any]:
         """Return it as what JSON can carry."""
@@ -96,6 +100,7 @@ class BlockSpec:
             "dtype": self.dtype,
             "servers": list(self.servers),
             "stretches": stretches,
+            "fragment": self.fragment,
         }
 
     @classmethod
@@ -116,7 +121,8 @@ class BlockSpec:
         if not all(a <= b for a, b in itertools.pairwise(ends)):
             raise Malformed("a block whose stretches overlap, or reach beyond it")
         key = number(message, "key", 2**32 - 1)
-        return cls(key, numel, message["dtype"], tuple(servers), stretches)
+        fragment = number(message, "fragment", 2**16)
+        return cls(key, numel, message["dtype"], tuple(servers), stretches, fragment)
 
 
 Spec = BlockSpec | RowSpec
@@ -170,8 +176,9 @@ class Table:
         push: Coding | None = None,
         pull: Coding | None = None,
         rows: RowTables | None = None,
+        fragments: Fragments | None = None,
     ) -> None:
-        self.rows = rows or RowTables()
+        self.rows, self.fragments = rows or RowTables(), fragments or Fragments()
         self._make, self._kernels = make_optimizer, kernels
         self._push, self._pull = push or Exact(), pull or Exact()
         self._held: dict[int, _Held] = {}
@@ -301,7 +308,9 @@ class Table:
         None where that is not known (any more), or not less than the whole."""
         held = self._held.get(key)
         steps = [message for v, message in held.steps if version < v <= now] if held else []
-        if held is None or held.replica is None or not steps or len(steps) != now - version:
+        if held is None or held.replica is None or not steps:
+            return None
+        if len(steps) != self.fragments.meetings(held.spec.fragment, version, now):
             return None
         return bytes_of(torch.cat(steps))
 
@@ -344,15 +353,21 @@ class Table:
                     low.copy_(held.bucket.main_params)
             held.steps.clear()
 
-    def add_up(self, sources: Sequence[Source]) -> list[tuple[Source, int]]:
-        """Let each block's gradient be the sum of those of `sources`, in that order.
+    def _meeting(self, version: int) -> dict[int, _Held]:
+        """Return the blocks that are updated to make `version`."""
+        meets = self.fragments.meets
+        return {k: held for k, held in self._held.items() if meets(held.spec.fragment, version)}
+
+    def add_up(self, version: int, sources: Sequence[Source]) -> list[tuple[Source, int]]:
+        """Let each block's gradient in `version` be the sum of those of `sources`, in that order.
 
         Returns what is missing: (source, key); then nothing is changed.
         """
+        meeting = self._meeting(version)
         missing = [
             (source, key)
             for source in sources
-            for key in self._held
+            for key in meeting
             if key not in self._gradients.get(source, {})
         ]
         missing += self.rows.missing(sources)
@@ -360,10 +375,11 @@ class Table:
             return missing
         self.rows.add_up(sources)
         by_sort: dict[int, list[tuple[_Held, Segment]]] = {}
-        for key, held in self._held.items():
+        for held in self._held.values():
+            held.squares = 0.0
+        for key, held in meeting.items():
             messages = [self._gradients[source][key] for source in sources]
             self._push.add_up(messages, held.bucket.main_grads)
-            held.squares = 0.0
             for segment in held.bucket.segments():
                 by_sort.setdefault(segment.num_replicas, []).append((held, segment))
         for replicas, segments in by_sort.items():
@@ -379,7 +395,7 @@ class Table:
 
     @torch.no_grad()
     def apply(self, version: int, rate: float, divisor: float, done: Callable[[int], None]) -> None:
-        """Make `version` of all blocks: update them by their gradients divided by `divisor`.
+        """Make `version`: update its blocks by their gradients divided by `divisor`.
 
         `done(key)` is called after each.
         """
@@ -394,7 +410,7 @@ class Table:
             done(bucket.index)
 
         by = None if divisor == 1.0 else torch.tensor(divisor, dtype=torch.float32)
-        self.optimizer.step(rate, by, follow)
+        self.optimizer.step(rate, by, follow, self._meeting(version).keys())
         self.rows.apply(rate, divisor, self.optimizer.num_updates)
 
     def forget(self, is_over: Callable[[Source], bool]) -> None:

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
+from bigtrain.server.fragments import Fragments
 from bigtrain.server.link import Link
 from bigtrain.server.protocol import PAGE, STEPS, Header, Kind, Malformed
 from bigtrain.server.rows import RowTables, unpack_rows
-from bigtrain.server.table import Source, Table, bytes_of
+from bigtrain.server.table import Source, Spec, Table, bytes_of
 
 
 class Arrivals:
     """Which gradients of a worker's rank are here, of those that it pushes."""
 
-    def __init__(self) -> None:
-        self._due: dict[tuple[int, int], int] = {}  # (worker, rank) -> blocks that it pushes
+    def __init__(self, fragments: Fragments) -> None:
+        self._fragments = fragments
+        self._due: dict[tuple[int, int], Counter[int]] = {}  # (worker, rank) -> fragment -> blocks
         self._here: dict[tuple[Source, int], set[int]] = {}  # by source and rank
 
-    def expect(self, worker: int, rank: int, blocks: int) -> None:
-        self._due[worker, rank] = blocks
+    def expect(self, worker: int, rank: int, blocks: Iterable[Spec]) -> None:
+        """Take note of what a rank pushes."""
+        self._due[worker, rank] = Counter(block.fragment for block in blocks)
 
     def note(self, source: Source, rank: int, key: int) -> bool:
         """A gradient is here; return whether it was the last of that rank."""
         here = self._here.setdefault((source, rank), set())
         here.add(key)
-        return len(here) >= self._due.get((source[0], rank), 0)
+        due = self._due.get((source[0], rank), Counter()).items()
+        meets = self._fragments.meets
+        return len(here) >= sum(n for fragment, n in due if meets(fragment, source[2]))
 
     def forget(self, is_over: Callable[[Source], bool]) -> None:
         for key in [key for key in self._here if is_over(key[0])]:

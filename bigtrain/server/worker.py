@@ -12,6 +12,7 @@ from torch import nn
 from bigtrain.comm.buckets import Bucket
 from bigtrain.comm.sync import GradientSync, Passage
 from bigtrain.comm.wire import Ledger
+from bigtrain.errors import BigtrainError
 from bigtrain.server.client import Client
 from bigtrain.server.coding import Coding
 from bigtrain.server.placement import place
@@ -42,11 +43,30 @@ class Blocks:
     def key(self, bucket: Bucket) -> int:
         return key_of(self._rank, bucket.index)
 
+    def fragment(self, bucket: Bucket) -> int:
+        """Return which fragment a block is in: neighbours are in different ones."""
+        return self.buckets.index(bucket) % self.client.fragments.count
+
+    def meeting(self, after: int, until: int) -> list[Bucket]:
+        """Return the blocks that servers have updated in the rounds after `after` until `until`."""
+        meetings = self.client.fragments.meetings
+        return [b for b in self.buckets if meetings(self.fragment(b), after, until)]
+
     def specs(self, servers: int, replicas: int, dtype: torch.dtype) -> list[BlockSpec]:
         """Return what servers must know of the blocks, and which of them hold each.
 
         dtype: of the parameters that come back.
+
+        Raises:
+            BigtrainError: there are fewer blocks than fragments.
         """
+        if len(self.buckets) < self.client.fragments.count:
+            raise BigtrainError(
+                f"server.fragments = {self.client.fragments.count}, and this rank has "
+                f"{len(self.buckets)} bucket(s)",
+                why="a fragment is whole buckets",
+                mend="set a smaller parallel.bucket_mb, or fewer server.fragments",
+            )
         sizes = [bucket.main_grads.numel() for bucket in self.buckets]
         names = [f"{self._rank}/{bucket.index}" for bucket in self.buckets]
         where = place(names, sizes, servers, replicas)
@@ -58,7 +78,9 @@ class Blocks:
                 for s in sorted(bucket.segments(), key=lambda s: s.start)
             )
             name = str(dtype).removeprefix("torch.")
-            found.append(BlockSpec(self.key(bucket), size, name, holders, stretches))
+            fragment = self.fragment(bucket)
+            spec = BlockSpec(self.key(bucket), size, name, holders, stretches, fragment)
+            found.append(spec)
         return found
 
     def push(self, clock: int, bucket: Bucket, values: torch.Tensor) -> None:
@@ -75,12 +97,17 @@ class Blocks:
         self._push.pack(values, self._kept[bucket.index], message)
         self.client.push(clock, self.key(bucket), bytes_of(message))
 
-    def pull(self, version: int, into: Callable[[Bucket], torch.Tensor]) -> None:
-        """Ask for all blocks, of `version` or later, in the order of the next forward.
+    def pull(
+        self,
+        version: int,
+        into: Callable[[Bucket], torch.Tensor],
+        buckets: Sequence[Bucket] | None = None,
+    ) -> None:
+        """Ask for blocks (all), of `version` or later, in the order of the next forward.
 
         into(bucket): where each goes; it must be as the last pull has left it.
         """
-        order = list(reversed(self.buckets))
+        order = list(reversed(self.buckets if buckets is None else buckets))
         wanted = [(self.key(b), 0, version, bytes_of(into(b))) for b in order]
         have = {self.key(b): v for b in order if (v := self._versions.get(b.index)) is not None}
         self.client.pull(wanted, None if self._pull.exact else have)

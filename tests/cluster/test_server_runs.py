@@ -160,3 +160,33 @@ def test_what_makes_no_sense(bench: Bench, options: Sequence[str], words: str) -
 def test_chaos_is_for_servers(bench: Bench) -> None:
     run = bench.launch("--chaos", "kill:worker=1,step=1", code=None)
     run.assert_told("--chaos is for runs with servers")
+
+
+FRAGMENTS = ("server.mode=local", "server.local_steps=4", "server.fragments=2", "train.steps=16")
+SMALL = ("parallel.bucket_mb=0.02", "server.push=fp32", "server.pull=fp32")
+
+
+def test_fragments_that_meet_nobody_change_nothing(bench: Bench) -> None:
+    """One worker, whose parameters are what servers take up."""
+    alone = ("server.workers=1", "server.outer_lr=1", "server.outer_momentum=0")
+    common = ("parallel.dp=1", "train.steps=16", "parallel.bucket_mb=0.02")
+    ours = bench.launch("server.servers=2", *FRAGMENTS, *SMALL, *alone, *common, "run.dir=ours")
+    peer = bench.launch(*common, "run.dir=peer")
+    losses = [loss for loss, _ in numbers(ours)]
+    assert np.allclose(losses, [loss for loss, _ in numbers(peer)], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("coding", [(), SMALL[1:]], ids=["int4", "fp32"])
+def test_fragments_survive_the_end_of_a_server(bench: Bench, coding: tuple[str, ...]) -> None:
+    options = (*TWO[:3], *FRAGMENTS, SMALL[0], *coding, *SLOW, "checkpoint.every=8")
+    calm = bench.launch(*options, "train.steps=80", "run.dir=calm")
+    chaos = ("--chaos", "kill:server=0,step=6")
+    run = bench.launch(*options, "train.steps=80", *chaos, "run.dir=killed")
+    assert numbers(run) == numbers(calm)
+    assert tensors(run) == tensors(calm)
+    assert sum(run.losses()[-8:]) < sum(run.losses()[:8])
+
+
+def test_more_fragments_than_buckets(bench: Bench) -> None:
+    run = bench.launch("server.servers=1", "parallel.dp=1", *FRAGMENTS, code=1)
+    run.assert_told("server.fragments = 2", "parallel.bucket_mb")
