@@ -81,14 +81,19 @@ def parse(text: str) -> Event:
 
 
 class Chaos:
-    """The events of one process: those of its first incarnation."""
+    """The events of one process. If it was started again, those are over that were due before it
+    was there."""
 
     def __init__(self, events: Sequence[Event], role: str, index: int, incarnation: int) -> None:
-        mine = [e for e in events if (e.role, e.index) == (role, index) and not incarnation]
+        mine = [event for event in events if (event.role, event.index) == (role, index)]
         self.events = sorted(mine, key=lambda event: event.step)
+        self._joins = incarnation > 0
 
     def due(self, step: int) -> list[Event]:
         """Return the events up to `step`, each once."""
+        if self._joins:
+            self._joins = False
+            self.events = [event for event in self.events if event.step > step]
         due = [event for event in self.events if event.step <= step]
         self.events = [event for event in self.events if event.step > step]
         return due

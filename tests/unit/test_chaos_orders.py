@@ -132,5 +132,8 @@ def test_each_suffers_its_own() -> None:
         assert all((event.role, event.index) == (role, index) for event in due)
 
 
-def test_who_was_started_again_is_left_alone() -> None:
+def test_who_was_started_again_suffers_what_is_still_to_come() -> None:
     assert Chaos(EVENTS, "worker", 1, 1).due(100) == []
+    again = Chaos(EVENTS, "worker", 1, 1)
+    assert again.due(9) == []
+    assert [event.step for event in again.due(30)] == [20]
