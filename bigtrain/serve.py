@@ -84,6 +84,7 @@ def rules_of(config: Config) -> Rules:
         stall_seconds=config.parallel.timeout_seconds / 2,
         join_seconds=server.join_seconds,
         staleness=server.staleness if server.mode == "ssp" else 0,
+        last=config.train.steps // server.steps_of_round,
     )
 
 

@@ -109,8 +109,8 @@ class Seat:
 
     @property
     def leads(self) -> bool:
-        """Is this the first of them?"""
-        return (self.workers or [0])[0] == self.worker
+        """Does this worker speak for the last round?"""
+        return self.worker == (self.outcome["speaker"] if self.outcome is not None else 0)
 
     def totals(self, like: torch.Tensor) -> torch.Tensor:
         """Return what the last round's workers have reported, summed."""

@@ -9,12 +9,14 @@ sync: when all workers have reported that have begun it; if there are `quorum` o
 ssp: the same, but a worker may be `staleness` rounds ahead of the one that is open (stale
     synchronous parallel, https://proceedings.neurips.cc/paper/2013/hash/
     b7bb35b9c6ca2aee2df08cf09d7016c2-Abstract.html). With 0 it is sync.
-async: with each report, by that worker alone.
+async: with each report, by that worker alone; it goes on once its own round is closed.
+
+Of each round one worker speaks, and no other closes before that worker has been told of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,7 +32,7 @@ class Rules:
     workers: that are meant to be. quorum: how many make up a round at least, if so many are there.
     grace_seconds: what the others have from then on; None: a tenth of what it has taken.
     stall_seconds: after which nobody is waited for. join_seconds: how long the first round waits
-    for all workers. staleness: of ssp.
+    for all workers. staleness: of ssp. last: the round after which none closes.
     """
 
     mode: Mode
@@ -40,6 +42,7 @@ class Rules:
     stall_seconds: float = 300.0
     join_seconds: float = 120.0
     staleness: int = 0
+    last: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Member:
     counted: int = 0  # the last of its rounds that is in an update, or was too late for one
     wants_turn: bool = True
     late: bool = False  # was the last of its rounds too late?
+    stalled: bool = False  # is it not waited for, as long as it says nothing?
     reports: dict[int, Report] = field(default_factory=dict)
 
 
@@ -137,6 +141,9 @@ class Rounds:
         self.members: dict[int, Member] = {}
         self.began = False  # has the first round of this run begun?
         self.holder: int | None = None  # a worker that no round closes without
+        self._untold: int | None = None  # who speaks for the last round, until it has a turn
+        self._untold_since = 0.0
+        self._held_until: int | None = None  # the holder's round before which none closes
         self.most_stale = 0
         self._last: dict[int, tuple[Report, Share]] = {}  # of the round that was closed last
         self._first_ready: float | None = None
@@ -165,7 +172,9 @@ class Rounds:
         self.members.pop(worker, None)
         self.shares.give_back(worker)
         if self.holder == worker:
-            self.holder = None
+            self.holder = self._held_until = None
+        if self._untold == worker:
+            self._untold = None
 
     def report(self, worker: int, report: Report) -> None:
         """A worker's part of a round is with servers; it may say so again, with more servers."""
@@ -176,7 +185,7 @@ class Rounds:
             member.reports[report.clock] = report
         if report.clock != member.clock:
             return  # of a turn that it has not: its link was cut, and it was given up
-        member.wants_turn = True
+        member.wants_turn, member.stalled = True, False
         if self.rules.mode != "async" and report.clock <= self.passed:
             self.shares.give_back(worker, report.clock)
             member.counted, member.late = report.clock, True
@@ -195,6 +204,8 @@ class Rounds:
         A report counts once all of them have what it tells of.
         """
         self._servers = living = frozenset(servers)
+        if self._is_over or self._waits_for_speaker(now):
+            return None
         number = clock = self.version + 1
         have = {
             worker: {c: r for c, r in member.reports.items() if r.servers >= living}
@@ -219,7 +230,7 @@ class Rounds:
             member.counted = report.clock
             self.shares.used(worker, report.clock)
         self.version, self.passed = number, clock
-        self.holder, self._grace_until = None, None
+        self.holder, self._held_until, self._grace_until = None, None, None
         if self.rules.mode != "async":
             self._give_up_late()
         parts = tuple(
@@ -229,11 +240,13 @@ class Rounds:
         columns = zip(*(report.totals for report in chosen.values()), strict=True)
         stale = max(number - 1 - part.base for part in parts)
         self.most_stale = max(self.most_stale, stale)
-        return Closed(number, parts, tuple(map(sum, columns)), parts[0].worker, stale)
+        self._untold, self._untold_since = self._speaker(list(chosen)), now
+        return Closed(number, parts, tuple(map(sum, columns)), self._untold, stale)
 
     def reopen(self, closed: Closed) -> None:
         """Undo the last `close`: of what it was made of, some is not there."""
         assert closed.number == self.version
+        self._untold = None
         self.version, self.passed = self.version - 1, self.passed - 1
         for worker, (report, share) in self._last.items():
             self.shares.out[worker, report.clock] = share
@@ -242,6 +255,22 @@ class Rounds:
                 self.shares.give_back(worker, report.clock)
             else:
                 member.reports[report.clock], member.counted = report, report.clock - 1
+
+    @property
+    def _is_over(self) -> bool:
+        return self.rules.last is not None and self.version >= self.rules.last
+
+    def _speaker(self, workers: Sequence[int]) -> int:
+        """Return the first that can be told at once: others are at work on a later round."""
+        return next((w for w in workers if self.members[w].wants_turn), workers[0])
+
+    def _waits_for_speaker(self, now: float) -> bool:
+        """Would the speaker of the last round not hear of it, or not have the time to save it?"""
+        untold = self.members.get(self._untold) if self._untold is not None else None
+        if untold is not None and now - self._untold_since < self.rules.stall_seconds:
+            return True
+        holder = self.members.get(self.holder) if self.holder is not None else None
+        return holder is not None and not holder.wants_turn and holder.clock == self._held_until
 
     def _earliest(self, have: Mapping[int, Mapping[int, Report]]) -> dict[int, Report]:
         """Return the report of who has waited longest."""
@@ -273,15 +302,18 @@ class Rounds:
     def _is_time(self, clock: int, chosen: Collection[int], now: float) -> bool:
         if not chosen or (self.holder is not None and self._is_held(clock, chosen)):
             return False
-        busy = {w: m for w, m in self.members.items() if w not in chosen and m.counted < m.clock}
+        there = {w: m for w, m in self.members.items() if not m.stalled}
+        busy = {w: m for w, m in there.items() if w not in chosen and m.counted < m.clock}
         owing = [w for w, m in busy.items() if m.clock == clock]
         behind = [w for w, m in busy.items() if m.clock < clock]
         if not owing and not behind:
             return True
         first = min(self.members[worker].began for worker in chosen)
         if now - first >= self.rules.stall_seconds:
+            for member in busy.values():
+                member.stalled = not member.reports
             return True
-        if len(chosen) < min(self.rules.quorum, len(self.members)):
+        if len(chosen) < min(self.rules.quorum, len(there)):
             self._grace_until = None  # it may have had one, and lost a worker since
             return False
         if self._grace_until is None:
@@ -311,13 +343,19 @@ class Rounds:
             self.began = True
         first = self._open()
         furthest = first + (self.rules.staleness if self.rules.mode == "ssp" else 0)
+        ended, alone = self._is_over, self.rules.mode == "async"
         given = []
         for worker, member in sorted(self.members.items()):
             clock = max(first, member.clock + 1)
-            if not member.wants_turn or clock > furthest:
+            if not member.wants_turn or (clock > furthest and not ended):
                 continue
-            if not all(self._servers_have(report) for report in member.reports.values()):
+            if not ended and alone and member.reports:
+                continue  # what it would be told then is of another's round
+            if not ended and not all(map(self._servers_have, member.reports.values())):
                 continue  # it would forget what it has pushed
+            if worker == self._untold:
+                self._untold = None
+                self._held_until = clock if worker == self.holder else None
             member.clock, member.began, member.wants_turn = clock, now, False
             share = self.shares.take(worker, clock, self.members, member.late)
             member.late = False
@@ -374,6 +412,8 @@ class Rounds:
             ends.append(self._first_ready + self.rules.join_seconds)
         if self._grace_until is not None:
             ends.append(self._grace_until)
+        if self._untold is not None:
+            ends.append(self._untold_since + self.rules.stall_seconds)
         reported = [m.began for m in self.members.values() if m.reports]
         if reported:
             ends.append(min(reported) + self.rules.stall_seconds)

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.cluster
 
 TROUBLE = "model.factory=parts:model"
 CONSTANT = "schedule.kind=constant"
+UNEVEN = ("server.workers=3", "train.global_batch=12", CONSTANT)
 HALF = 4 * 32  # items of one of two workers
 
 
@@ -124,6 +125,24 @@ def test_sample_ids_of_other_modes(bench: Bench, calm: Run, mode: Sequence[str])
         assert {len(ids) for ids in found.values()} == {4}
     else:
         assert found == {step: expected[step] for step in range(1, 13)}
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("server.mode=ssp", "server.staleness=3", "server.quorum=2", "server.grace_seconds=0"),
+        ("server.mode=async", "optimizer.kind=sgd"),
+    ],
+    ids=lambda mode: mode[0],
+)
+def test_each_round_has_one_that_speaks(bench: Bench, mode: Sequence[str]) -> None:
+    """Though workers hear of rounds at different times, and reports wait for others to be in."""
+    every = ("train.steps=30", "checkpoint.every=10", "checkpoint.keep_last=5")
+    run = bench.launch(*SYNC[:2], *UNEVEN, *mode, *every, "eval.samples=0")
+    steps = [record["step"] for record in run.metrics() if "loss" in record]
+    assert sorted(steps) == list(range(1, 31))
+    assert run.checkpoints() == [f"step-{step:08d}" for step in (10, 20, 30)]
+    assert "to continue" in run.shown
 
 
 def test_samples_of_a_worker_that_was_killed_are_read_by_others(bench: Bench, calm: Run) -> None:

@@ -329,8 +329,12 @@ def test_nobody_is_waited_for_for_ever() -> None:
     assert close(rounds, 60.0).workers == (1,)
     assert [(turn.worker, turn.clock) for turn in rounds.turns(60.0)] == [(1, 2)]
     say(rounds, 1)
-    assert rounds.close(109.9, BOTH) is None
-    assert close(rounds, 110.0).workers == (1,)
+    assert close(rounds, 60.0).workers == (1,), "who has stalled is not waited for again"
+    for worker in (0, 2):
+        say(rounds, worker)
+    assert len(rounds.turns(61.0)) == 3
+    say(rounds, 1)
+    assert rounds.close(61.0, BOTH) is None, "until it says something"
 
 
 def test_no_round_closes_without_its_holder() -> None:
@@ -450,9 +454,9 @@ def test_duplicates_change_nothing(mode: Mode) -> None:
     for _ in range(3):
         say(rounds, 0, clock=1, base=0)
     say(rounds, 1, clock=1, base=0)
+    turns = []
     while rounds.close(0.0, BOTH):
-        pass
-    turns = rounds.turns(0.0)
+        turns += rounds.turns(0.0)
     before = json.dumps(rounds.to_message())
     for _ in range(3):
         for worker in (0, 1):
@@ -593,7 +597,11 @@ def test_async_makes_an_update_of_each_report() -> None:
     assert [(turn.worker, turn.clock) for turn in rounds.turns(1.0)] == [(2, 2)]
     say(rounds, 2, base=1)
     say(rounds, 0, base=0)
-    first, second = close(rounds, 1.0), close(rounds, 1.0)
+    first = close(rounds, 1.0)
+    assert rounds.close(1.0, BOTH) is None, "its worker has not been told of it"
+    assert [turn.worker for turn in rounds.turns(1.0)] == [0], "2 would hear of another's round"
+    second = close(rounds, 1.0)
+    rounds.turns(1.0)
     assert (first.number, first.workers, first.staleness) == (2, (0,), 1), "it waits longer"
     assert (second.number, second.workers, second.staleness) == (3, (2,), 1)
     say(rounds, 1, base=0)
@@ -602,12 +610,63 @@ def test_async_makes_an_update_of_each_report() -> None:
     assert rounds.shares.num_returned == 0, "nothing is too late"
 
 
+def test_async_holds_a_round_until_its_worker_goes_on() -> None:
+    rounds = begun(2, "async")
+    say(rounds, 1)
+    rounds.hold(close(rounds).speaker)
+    assert [turn.worker for turn in rounds.turns(0.0)] == [1]
+    say(rounds, 0)
+    assert rounds.close(1000.0, BOTH) is None, "1 saves"
+    say(rounds, 1)
+    assert close(rounds).workers == (0,)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_no_round_of_ssp_closes_before_who_speaks_for_the_last_one_knows(held: bool) -> None:
+    """Both are at work on what is two rounds ahead, so that nobody could be told at once."""
+    rounds = begun(2, "ssp", staleness=3, quorum=1, grace_seconds=0.0, stall_seconds=50.0)
+    for worker in (0, 0, 1, 1):
+        say(rounds, worker)
+        rounds.turns(0.0)
+    speaker = close(rounds).speaker
+    if held:
+        rounds.hold(speaker)
+    assert (speaker, rounds.turns(0.0)) == (0, [])
+    assert rounds.close(49.0, BOTH) is None
+    say(rounds, 0)
+    assert [(turn.worker, turn.clock) for turn in rounds.turns(0.0)] == [(0, 4)]
+    if held:
+        assert rounds.close(1000.0, BOTH) is None, "it saves"
+        say(rounds, 0)
+    assert close(rounds).number == 2
+
+
+def test_the_speaker_is_one_that_can_be_told_at_once() -> None:
+    rounds = begun(2, "ssp", staleness=1)
+    say(rounds, 0)
+    rounds.turns(0.0)
+    say(rounds, 1)
+    assert close(rounds).speaker == 1
+
+
+@pytest.mark.parametrize("mode", ["sync", "ssp", "async"])
+def test_no_round_closes_after_the_last(mode: Mode) -> None:
+    rounds = begun(2, mode, staleness=1, quorum=1, grace_seconds=0.0, last=1)
+    for worker in (0, 1):
+        say(rounds, worker)
+    assert close(rounds).number == 1
+    assert rounds.close(1000.0, BOTH) is None
+    assert [turn.worker for turn in rounds.turns(0.0)] == [0, 1], "all are told that it is over"
+    assert rounds.close(1000.0, BOTH) is None
+
+
 def test_async_too_waits_until_all_servers_have_it() -> None:
     rounds = begun(2, "async")
     say(rounds, 0, servers={0})
     assert rounds.close(0.0, BOTH) is None
     say(rounds, 1)
     assert close(rounds).workers == (1,)
+    rounds.turns(0.0)
     say(rounds, 0, clock=1)
     assert close(rounds).workers == (0,)
 
@@ -758,6 +817,7 @@ def test_when_to_look_again() -> None:
     assert rounds.again_in(10.25) == 0.75
     assert rounds.close(10.0 + 0.99, BOTH) is None
     close(rounds, 11.0)
+    rounds.turns(11.0)
     assert rounds.again_in(11.0) is None
 
 
