@@ -16,6 +16,7 @@ _DEPENDS = {  # keys that some modes alone look at
     "outer_lr": ("local",),
     "outer_momentum": ("local",),
     "staleness": ("ssp",),
+    "rows": ("sync", "ssp", "async"),
     "quorum": _ROUNDS,
     "grace_seconds": _ROUNDS,
 }

@@ -21,6 +21,8 @@ from bigtrain.server.shares import Share
 
 log = logging.getLogger(__name__)
 
+_MOST_TOTALS = 8  # that are kept for those who ask again
+
 
 @dataclass(frozen=True)
 class Update:
@@ -75,6 +77,10 @@ class Voice(Protocol):
         """Servers that live, in the order in which they are to keep the board."""
 
     @property
+    def waiting_guests(self) -> list[int]:
+        """Servers that were started again and would be let in."""
+
+    @property
     def may_decide(self) -> bool:
         """Is it sure that there is no other board?"""
 
@@ -124,7 +130,8 @@ class Board:
         self._asked: set[int] = set()
         self._num_totals = 0
         self._sums: dict[str, _Sum] = {}
-        self._waiting: int | None = None  # a guest, which is let in between two rounds
+        self._totals: dict[str, list[float]] = {}  # the last ones
+        self._waiting: set[int] = set()  # guests, which are let in between two rounds
         self._guest: int | None = None  # one that is being given what it is to hold
 
     @property
@@ -153,6 +160,8 @@ class Board:
         self._asked = set(self.voice.alive)
         self._states = {}
         self.voice.order(Kind.STATE, {})
+        for guest in self.voice.waiting_guests:  # they came while another kept the board, or nobody
+            self.on_guest(guest)
 
     def on_state(self, server: int, content: dict[str, Any], now: float) -> None:
         """A server has told how far it is."""
@@ -309,6 +318,9 @@ class Board:
         for others in known.offers.values() if known is not None else ():
             if len(others) != len(values):
                 raise Malformed(f"{len(values)} values, where others have {len(others)}")
+        if name in self._totals:  # its link was lost before it was told
+            self.voice.tell(worker, Kind.TOTAL, {"name": name, "values": self._totals[name]})
+            return
         self._sums.setdefault(name, _Sum(workers)).offers[worker] = values
         self._check_sums()
 
@@ -318,7 +330,10 @@ class Board:
             due = [w for w in one.workers if w in there]
             if all(w in one.offers for w in due):
                 del self._sums[name]
+                while len(self._totals) >= _MOST_TOTALS:
+                    del self._totals[next(iter(self._totals))]
                 values = [sum(column) for column in zip(*one.offers.values(), strict=True)]
+                self._totals[name] = values
                 for worker in one.offers:
                     self.voice.tell(worker, Kind.TOTAL, {"name": name, "values": values})
 
@@ -327,11 +342,11 @@ class Board:
     def on_guest(self, server: int) -> None:
         """A server was started again, and would take part."""
         if self.rounds.rules.mode == "sync":  # else gradients may be under way that it lacks
-            self._waiting = server
+            self._waiting.add(server)
 
     def on_guest_lost(self, server: int, now: float) -> None:
         """It is gone again."""
-        self._waiting = None if self._waiting == server else self._waiting
+        self._waiting.discard(server)
         if self._guest == server:
             self._guest = None
             self.go_on(now)
@@ -345,7 +360,8 @@ class Board:
             self.go_on(now)
 
     def _adopt(self, guest: int) -> None:
-        self._waiting, self._guest = None, guest
+        self._waiting.discard(guest)
+        self._guest = guest
         state = {"round": self.round_message, "apply": self.apply_message}
         self.voice.adopt(guest, {"guest": guest, "rounds": self.rounds.to_message(), **state})
 
@@ -405,6 +421,6 @@ class Board:
             used.append((part.clock, closed.number))
         if self.policy.is_held(closed):
             self.rounds.hold(closed.speaker)
-        if self._waiting is not None:  # nobody is at work on a round now
-            self._adopt(self._waiting)
+        if self._waiting:  # nobody is at work on a round now
+            self._adopt(min(self._waiting))
         self.go_on(now)

@@ -24,7 +24,11 @@ from bigtrain.errors import BigtrainError
 What = Literal["kill", "stop", "cut", "delay"]
 _MEND = "write it like kill:worker=1,step=20 or stop:server=0,step=20,seconds=5"
 # Waits, then wakes its parent. A process of its own, since the one that is stopped cannot.
-_WAKE = "import os,sys,time; time.sleep(float(sys.argv[1])); os.kill(int(sys.argv[2]), 18)"
+# If that is gone, its number may be another's: it is woken only while it is the parent.
+_WAKE = (
+    "import os,sys,time; time.sleep(float(sys.argv[1])); "
+    "os.getppid() == int(sys.argv[2]) and os.kill(int(sys.argv[2]), 18)"
+)
 
 
 @dataclass(frozen=True)
@@ -105,5 +109,5 @@ def suffer(event: Event) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif event.what == "stop":
         words = [sys.executable, "-c", _WAKE, str(event.seconds), str(os.getpid())]
-        subprocess.Popen(words, start_new_session=True, stdin=subprocess.DEVNULL)
+        subprocess.Popen(words, stdin=subprocess.DEVNULL)
         os.kill(os.getpid(), signal.SIGSTOP)

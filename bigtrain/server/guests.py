@@ -24,7 +24,9 @@ class Guests:
     def __init__(self, server: Server) -> None:
         self._server = server
         self._links: dict[int, Link] = {}
-        self._owed: set[int] = set()  # those that we must give something, and have not called us
+        self._incarnations: dict[int, int] = {}  # of those
+        # Guests that we must give something, and that have not called us yet: their incarnations.
+        self._owed: dict[int, int] = {}
         self._order: dict[str, Any] = {}  # what the last of them is told of the run
 
     def take(self, link: Link, who: Who) -> None:
@@ -37,11 +39,16 @@ class Guests:
             server.lose_server(who.index, "it was started again")
         server.peers.know(who)
         self._links[who.index] = link
-        if who.index in self._owed:
-            self._owed.discard(who.index)
+        self._incarnations[who.index] = who.incarnation
+        if self._owed.pop(who.index, -1) == who.incarnation:
             self._give_all(who.index)
         if server.board is not None and server.board.active:
             server.board.on_guest(who.index)
+
+    @property
+    def waiting(self) -> list[int]:
+        """Those that have called us."""
+        return sorted(self._links)
 
     def closed(self, link: Link, who: Who) -> bool:
         """Was this the link with a guest? Then it is forgotten."""
@@ -66,6 +73,7 @@ class Guests:
             "alive": server.seniority,
             "specs": [spec.to_message() for spec in server.specs.values()],
             "sources": sorted(sources),
+            "incarnation": self._incarnations.get(guest, 0),
         }
         if guest in self._links:
             self._links[guest].say(Kind.ADOPT, self._order)
@@ -77,10 +85,10 @@ class Guests:
             server.order(Kind.ADOPT, self._order)
         elif server.setup.index not in content["sources"]:
             return
-        elif guest in self._links:
-            self._give_all(guest)
-        else:
-            self._owed.add(guest)
+        elif guest not in self._links:
+            self._owed[guest] = number(content, "incarnation")
+        elif self._incarnations[guest] == content["incarnation"]:
+            self._give_all(guest)  # else it was started again since
 
     def let_in(self, guest: int) -> None:
         """Have all know that it is one of us."""

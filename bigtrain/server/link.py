@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import math
 import os
@@ -93,6 +94,7 @@ class Link:
         self.connecting = calls is not None
         self.since = self.heard = self.said = time.monotonic()
         self.nonce = nonce()
+        self._theirs: str | None = None  # the nonce of the other side
         self._out: deque[_Piece] = deque()
         self._head = bytearray(HEADER_BYTES)
         self._header: Header | None = None
@@ -196,7 +198,9 @@ class Link:
     def _write(self) -> None:
         now = time.monotonic()
         while self._out and self._out[0].at <= now:
-            pieces = [p.data for p in list(self._out)[:_MOST_PIECES] if p.at <= now]
+            # One that waits longer, as in a drill, holds back those after it: frames are in order.
+            due = itertools.takewhile(lambda piece: piece.at <= now, self._out)
+            pieces = [piece.data for piece in itertools.islice(due, _MOST_PIECES)]
             try:
                 count = self.sock.sendmsg(pieces)
             except (BlockingIOError, InterruptedError):
@@ -245,10 +249,14 @@ class Link:
             return  # with an empty body, we are called again at once
         self._header, self._body, self._got = None, memoryview(self._head), 0
         content = {} if header.is_tensor else read_text(self._text)
-        if self.who is None or header.kind in (Kind.REFUSE, Kind.PING):
-            self._greet(header, content)
-        else:
-            self.loop.handler.frame(self, header, content)
+        try:
+            if self.who is None or header.kind in (Kind.REFUSE, Kind.PING):
+                self._greet(header, content)
+            else:
+                self.loop.handler.frame(self, header, content)
+        except (LookupError, TypeError, ValueError) as error:  # it lacks something, or is odd
+            log.debug("a frame from %s", self, exc_info=True)
+            raise Malformed(f"{header.kind.name} that makes no sense: {error!r}") from error
 
     def _greet(self, header: Header, content: dict[str, Any]) -> None:
         """Take part in the handshake."""
@@ -277,7 +285,7 @@ class Link:
             own = proof(token, "server", theirs, self.nonce, who)
             self.say(Kind.WELCOME, {"proof": own, "greeting": greeting})
             self.loop.handler.opened(self, {})
-        elif kind is Kind.WELCOME and self.calls is not None:
+        elif kind is Kind.WELCOME and self.calls is not None and self._theirs is not None:
             check_proof(content.get("proof"), token, "server", self.nonce, self._theirs, self.calls)
             self.who = Who("server", self.target)
             self.loop.handler.opened(self, content.get("greeting") or {})

@@ -85,7 +85,8 @@ class Peers:
         """Call those that have no link with us yet: those before us in number, or everybody."""
         for server in sorted(self.missing):
             idle = now - self._called.get(server, 0.0) >= _CALL_SECONDS
-            if idle and (everybody or server < self.index):
+            calls = any(link.target == server for link in loop.links)  # it has yet to answer
+            if idle and not calls and (everybody or server < self.index):
                 self._called[server] = now
                 me = Who("server", self.index, self.incarnation)
                 loop.connect(self.addresses[server], me, server)

@@ -146,15 +146,19 @@ class Server:
         return len(self.peers)
 
     @property
-    def may_decide(self) -> bool:
-        """Is all here, and is it sure that the run does not go on without us?"""
-        return not self._may_be_cut_off and self._lost_block is None
+    def waiting_guests(self) -> list[int]:
+        return self.guests.waiting
 
     @property
-    def _may_be_cut_off(self) -> bool:
+    def may_decide(self) -> bool:
+        """Is all here, and is it sure that the run does not go on without us?"""
+        return not self._may_be_cut_off() and self._lost_block is None
+
+    def _may_be_cut_off(self, comes: int | None = None) -> bool:
         """A server that says nothing may live, on the other side of a cut; only the side with more
-        than half of the workers may go on."""
-        few = 2 * len(self.linked) <= self.setup.rules.workers
+        than half of the workers may go on. comes: a worker that is about to have a link."""
+        here = self.linked if comes is None else self.linked | {comes}
+        few = 2 * len(here) <= self.setup.rules.workers
         return bool(self.peers.silent) and few and not self._someone_left
 
     @property
@@ -192,7 +196,9 @@ class Server:
             if known.who.incarnation > who.incarnation:
                 raise Malformed(f"{who} was started again since")
             known.close("it has come by another link")
-        knows = not self.admission.waits and self.may_decide and not self._is_over
+        comes = who.index if who.role == "worker" else None
+        lost = self._may_be_cut_off(comes) or self._lost_block is not None
+        knows = not self.admission.waits and not lost and not self._is_over
         return {"identity": self.identity, "alive": self.seniority if knows else []}
 
     def opened(self, link: Link, greeting: dict[str, Any]) -> None:
@@ -266,6 +272,9 @@ class Server:
         if self.board is not None:
             self.board.on_worker_lost(who.index, why)
             self._go_on(time.monotonic())
+        first = self._workers.get((who.index, 0))
+        if first is not None and self.board is not None and self.board.active:
+            first.close("another rank of it is gone")  # it comes again, and says where it is
         self._end_if_over()
 
     def _end_if_over(self) -> None:
@@ -443,7 +452,9 @@ class Server:
 
     def _on_push(self, link: Link, who: Who, header: Header, rows: torch.Tensor | None) -> None:
         source = _source(who, header)
-        if rows is not None and not self._is_old(header.step):
+        if rows is None and header.key not in self.table.rows.parts:
+            self.table.came(source, header.key)
+        elif rows is not None and not self._is_old(header.step):
             self.table.rows.take(source, who.rank, header.key, rows)
         if self._is_old(header.step) or self._arrivals.note(source, who.rank, header.key):
             link.say(Kind.HAVE, step=header.step)
@@ -627,7 +638,7 @@ class Server:
         """End, if nothing can go on here for so long. Who hears nothing of servers may be cut off
         itself: within the lease it hears nothing of workers either."""
         lease, lost = self.setup.lease_seconds, self._lost_block
-        if self._may_be_cut_off and seconds > 2 * lease:
+        if self._may_be_cut_off() and seconds > 2 * lease:
             self.fail(
                 CommError(
                     f"server {self.setup.index} hears nothing of "
@@ -637,7 +648,7 @@ class Server:
                     mend="resume from the last checkpoint, if it does not",
                 )
             )
-        elif not self._may_be_cut_off and (seconds > lease or not self.peers.silent):
+        elif not self._may_be_cut_off() and (seconds > lease or not self.peers.silent):
             self.fail(
                 BigtrainError(
                     f"all servers that held block {lost} are gone",

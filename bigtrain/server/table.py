@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -183,6 +184,8 @@ class Table:
         self._push, self._pull = push or Exact(), pull or Exact()
         self._held: dict[int, _Held] = {}
         self._gradients: dict[Source, dict[int, torch.Tensor]] = {}
+        self._here: dict[Source, set[int]] = {}  # keys of gradients that have come whole
+        self._filling: Counter[tuple[Source, int]] = Counter()  # times that one is on its way
         self._spare: dict[int, list[torch.Tensor]] = {}  # numel -> memory to use again
         self.optimizer: Updates | None = None
 
@@ -273,7 +276,13 @@ class Table:
         if key not in mine:
             spare = self._spare.get(size)
             mine[key] = spare.pop() if spare else torch.empty(size, dtype=torch.uint8)
+        self._filling[source, key] += 1
         return bytes_of(mine[key])
+
+    def came(self, source: Source, key: int) -> None:
+        """The bytes of a gradient, for which there was room, are all here."""
+        self._filling[source, key] -= 1
+        self._here.setdefault(source, set()).add(key)
 
     def gradient_bytes(self, key: int) -> int:
         """Return the bytes of a gradient of a block.
@@ -296,6 +305,8 @@ class Table:
         """
         tensor = self._tensor(key, part, main=main)
         held = self._held[key]
+        if 1 <= part <= len(held.moments):
+            tensor = tensor.clone()  # an update writes to moments themselves
         held.num_sending += 1
 
         def sent() -> None:
@@ -368,7 +379,7 @@ class Table:
             (source, key)
             for source in sources
             for key in meeting
-            if key not in self._gradients.get(source, {})
+            if key not in self._here.get(source, ())
         ]
         missing += self.rows.missing(sources)
         if missing:
@@ -416,8 +427,10 @@ class Table:
     def forget(self, is_over: Callable[[Source], bool]) -> None:
         """Drop gradients that no update will want."""
         for source in [source for source in self._gradients if is_over(source)]:
-            for tensor in self._gradients.pop(source).values():
-                self._spare.setdefault(tensor.numel(), []).append(tensor)
+            self._here.pop(source, None)
+            for key, tensor in self._gradients.pop(source).items():
+                if not self._filling.pop((source, key), 0):  # else a link still writes there
+                    self._spare.setdefault(tensor.numel(), []).append(tensor)
         self.rows.forget(is_over)
 
     @property

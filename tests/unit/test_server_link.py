@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import selectors
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from bigtrain.errors import CommError
+from bigtrain.server.client import Client
 from bigtrain.server.link import Link, Loop
-from bigtrain.server.protocol import Header, Kind, Who
+from bigtrain.server.protocol import Header, Kind, Who, text_frame
 
 LEASE = 1.0
 
@@ -100,3 +104,46 @@ def test_a_lease_is_longer_by_what_this_process_stood_still(loop: Loop, late: fl
     loop._check(time.monotonic() + 1.1 * LEASE)
     assert not link.open
     there.close()
+
+
+def test_frames_stay_in_order_when_a_delay_ends() -> None:
+    """What was said in it waits still; what comes after waits behind it."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    loop = Loop(Closed(), "t", 5.0)
+    link = Link(loop, ours, None)
+    loop.links.append(link)
+    loop._selector.register(ours, selectors.EVENT_READ, link)
+    loop.delay, loop.delay_until = 0.2, time.monotonic() + 0.15
+    link._queue(memoryview(b"1" * 8))
+    time.sleep(0.13)
+    link._queue(memoryview(b"2" * 8))
+    time.sleep(0.03)
+    link._queue(memoryview(b"3" * 8))
+    time.sleep(0.06)
+    link._write()
+    time.sleep(0.3)
+    link._write()
+    assert theirs.recv(100) == b"1" * 8 + b"2" * 8 + b"3" * 8
+    loop._close()
+    theirs.close()
+
+
+def test_a_stranger_who_begins_with_the_last_word() -> None:
+    """It loses its link; we try again until we have waited long enough."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def welcome() -> None:
+        sock, _ = listener.accept()
+        with sock:
+            sock.sendall(text_frame(Kind.WELCOME, {"proof": "x"}))
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=welcome, daemon=True)
+    thread.start()
+    client = Client(Who("worker", 0), [listener.getsockname()], "ab" * 32, patience_seconds=1.5)
+    with pytest.raises(CommError, match="has waited"):
+        client.start([])
+    client._loop.stop(0.0)
+    thread.join(5.0)
+    listener.close()

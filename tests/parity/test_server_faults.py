@@ -1,0 +1,221 @@
+"""Links and processes that fail at the worst moment: slow, half done, one rank of several."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from server_world import TOKEN, World, initial, leaves_nothing, specs_of, wait_for, world
+
+from bigtrain.server.client import Client
+from bigtrain.server.protocol import Kind, Who
+from bigtrain.server.table import bytes_of
+
+pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    with leaves_nothing():
+        yield
+
+
+class SlowSocket:
+    """Sends a few hundred bytes at a time."""
+
+    def __init__(self, sock: Any) -> None:
+        self._sock, self._at = sock, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def sendmsg(self, pieces: Any) -> int:
+        if time.monotonic() < self._at:
+            raise BlockingIOError
+        self._at = time.monotonic() + 0.01
+        return self._sock.send(bytes(pieces[0])[:400])
+
+
+def test_bytes_of_a_round_that_is_over_go_nowhere() -> None:
+    """A gradient of a slow link is half here when its round closes without it; the memory it is
+    being written to is no other gradient's."""
+    wrong: list[tuple[Any, int]] = []
+    with world(workers=3, quorum=2, grace_seconds=0.05, steps=14) as some:
+        workers = some.start(seconds=0.02)
+        pushed: dict[tuple[int, int, int], bytes] = {}
+        for worker in workers:
+            spy_on(worker, pushed)
+        slow = workers[1].client
+        slow._loop.call(lambda: [slow_down(link) for link in slow._links.values()])
+        table = some.servers[0].table
+        add_up = table.add_up
+
+        def checked(version: int, sources: Any) -> Any:
+            for source in sources:
+                for key, message in table._gradients.get(source, {}).items():
+                    sent = pushed.get((source[0], source[2], key))
+                    if sent is not None and bytes(message.numpy()) != sent:
+                        wrong.append((source, key))
+            return add_up(version, sources)
+
+        table.add_up = checked  # type: ignore[method-assign]
+        some.wait_version(14, 30.0, workers[0], workers[2])
+    assert not wrong
+
+
+def spy_on(worker: Any, pushed: dict[tuple[int, int, int], bytes]) -> None:
+    push = worker.client.push
+
+    def noted(clock: int, key: int, gradient: memoryview) -> None:
+        pushed[worker.index, clock, key] = bytes(gradient)
+        push(clock, key, gradient)
+
+    worker.client.push = noted
+
+
+def slow_down(link: Any) -> None:
+    link.sock = SlowSocket(link.sock)
+
+
+def test_a_rank_of_a_worker_loses_its_link_for_a_moment() -> None:
+    """The worker takes part again, and the run ends when all have left."""
+    with world(workers=2, quorum=2, steps=10**6) as some:
+        some.worker(0, seconds=0.02)
+        clients, over = two_ranks(some), threading.Event()
+        turns: list[int] = []
+        thread = threading.Thread(target=take_turns, args=(clients, turns, over), daemon=True)
+        thread.start()
+        wait_for("turns", lambda: len(turns) > 3)
+        second = clients[1]
+        second._loop.call(lambda: [link.close("reset") for link in list(second._links.values())])
+        time.sleep(0.5)
+        known = len(turns)
+        wait_for("turns afterwards", lambda: len(turns) > known + 3)
+        over.set()
+        thread.join(30.0)
+        for client in clients:
+            client.leave()
+        some.workers[0].leave_at = 0
+        some.wait()
+        some.wait_servers()
+
+
+def two_ranks(some: World) -> list[Client]:
+    specs = specs_of(1, 1)
+    clients = [
+        Client(Who("worker", 1, 0, rank, 2), some.addresses, TOKEN, lease_seconds=1.0)
+        for rank in (0, 1)
+    ]
+    starts = [
+        threading.Thread(target=client.start, args=(mine,))
+        for client, mine in zip(clients, (specs[:2], specs[2:]), strict=True)
+    ]
+    for start in starts:
+        start.start()
+    for start in starts:
+        start.join(30.0)
+    clients[0].ready()
+    return clients
+
+
+def take_turns(clients: list[Client], turns: list[int], over: threading.Event) -> None:
+    specs, params = specs_of(1, 1), initial()
+    clock = 0
+    while not over.is_set():
+        turn = clients[0].next_turn(clock)
+        clock = turn["clock"]
+        turns.append(clock)
+        for spec, values in zip(specs, params, strict=True):
+            clients[int(spec is specs[2])].push(clock, spec.key, bytes_of(values))
+        have = set(clients[0].wait_pushed(clock)) & set(clients[1].wait_pushed(clock))
+        clients[0].report(clock, turn["version"], [1.0, 1.0], sorted(have))
+
+
+def test_a_sum_that_was_told_is_told_again() -> None:
+    """A worker was cut off while it was told."""
+    sums: list[list[float]] = []
+    with world(workers=2, quorum=2, steps=12, stall_seconds=60.0) as some:
+
+        def late(turn: dict[str, Any]) -> None:
+            if turn["version"] == 3:
+                time.sleep(0.7)
+                sums.append(some.workers[0].client.add_up("loss", [0, 1], [1.0]))
+
+        def cut(turn: dict[str, Any]) -> None:
+            if turn["version"] == 3:
+                threading.Timer(0.2, lambda: some.cut("worker", 1, 2.5)).start()
+                sums.append(some.workers[1].client.add_up("loss", [0, 1], [2.0]))
+
+        some.worker(0, busy=late, seconds=0.3)
+        some.worker(1, busy=cut)
+        some.wait()
+    assert sums[0] in ([1.0], [3.0])
+    assert len(sums) == 2
+
+
+# -- servers that come back ------------------------------------------------------------------------
+
+
+def test_a_server_comes_back_before_the_run_begins() -> None:
+    with world(servers=3, replicas=2, workers=2, steps=10**6) as some:
+        wait_for("servers", lambda: all(len(s.peers.links) == 2 for s in some.servers))
+        some.kill_server(1)
+        some.server(1, incarnation=1)
+        wait_for("its call", lambda: 1 in some.servers[0].guests.waiting)
+        some.start(seconds=0.02)
+        some.wait_whole()
+
+
+def test_the_board_dies_while_a_guest_waits() -> None:
+    with world(servers=3, replicas=3, workers=2, steps=10**6) as some:
+        some.start(seconds=0.6)
+        some.wait_version(1)
+        some.kill_server(2)
+        some.server(2, incarnation=1)
+        wait_for("its calls", lambda: all(2 in s.guests.waiting for s in some.servers[:2]))
+        some.kill_server(0)
+        some.wait_servers(2)  # it begins anew
+        some.server(2, incarnation=2)
+        two = some.servers[1:]
+        wait_for("it to be let in", lambda: all(s.alive == {1, 2} for s in two))
+
+
+def test_a_worker_makes_up_the_majority_again() -> None:
+    """One server says nothing, and one of two workers is killed: with it back, all goes on."""
+    with world(servers=2, replicas=2, workers=2, steps=10**6) as some:
+        some.start(seconds=0.02)
+        some.wait_version(3)
+        some.servers[1].loop.call(lambda: time.sleep(4.0))
+        wait_for("the lease's end", lambda: 1 in some.servers[0].peers.silent)
+        some.wait_version(some.version + 3)
+        some.workers[1].vanish()
+        time.sleep(0.2)
+        back = some.worker(1, 1, seconds=0.02)
+        wait_for("it to take part", lambda: len(back.bases) > 2)
+        assert 0 not in some.failures
+
+
+def test_servers_that_take_long_to_start_have_one_link() -> None:
+    with world(servers=2, replicas=2, workers=1, steps=10**6) as some:
+        wait_for("links", lambda: all(s.peers.links for s in some.servers))
+        late = some.servers[0]
+        late.loop.call(lambda: time.sleep(1.5))
+        some.servers[1].loop.call(lambda: some.servers[1].peers.links[0].close("for a test"))
+        time.sleep(2.0)
+        from_servers = [k for k in late.loop.links if k.who is None or k.who.role == "server"]
+        assert len(from_servers) <= 1
+
+
+def test_an_order_that_makes_no_sense_costs_a_link() -> None:
+    """As ever, with nobody who could be asked again: but the server does not break."""
+    with world(servers=3, replicas=2, workers=1, steps=10**6) as some:
+        some.start(seconds=0.02)
+        some.wait_version(3)
+        some.wait_whole()
+        first = some.servers[0]
+        first.loop.call(lambda: first.peers.links[1].say(Kind.ROUND, {}))
+        some.wait_version(some.version + 5)
+        assert some.servers[1].loop.error is None
