@@ -4,7 +4,7 @@
     python benchmarks/servers.py push [MB]               bytes per second pushed, over a plain copy
     python benchmarks/servers.py straggler [WORKERS]     rounds/s with one worker five times slower
     python benchmarks/servers.py deaths                  what the end of a worker or a server costs
-    python benchmarks/servers.py local [STEPS]           bytes and losses of local steps
+    python benchmarks/servers.py local [STEPS [SEED]]    bytes and losses of local steps
 
 What others send over loopback counts as ours: for bytes, call `local` in a namespace of its own,
     unshare -n sh -c "ip link set lo up; python benchmarks/servers.py local"
@@ -276,11 +276,12 @@ def deaths(folder: Path, steps: int = 100) -> None:
 # -- local steps -----------------------------------------------------------------------------------
 
 
-def local(folder: Path, steps: int, workers: int = 2) -> None:
+def local(folder: Path, steps: int, seed: int, workers: int = 2) -> None:
     """Compare bytes over loopback and losses at equal tokens."""
     small = {
         **GPT,
         "model": {**GPT["model"], "hidden_size": 128, "num_heads": 4, "num_layers": 2},
+        "run": {**GPT["run"], "seed": seed},
         "eval": {"samples": 256},
         "optimizer": {"kind": "adamw", "lr": 2e-3},
         "schedule": {"kind": "cosine", "warmup_steps": 40},
@@ -295,7 +296,7 @@ def local(folder: Path, steps: int, workers: int = 2) -> None:
         ("local 20, int4, int4, 4 fragments", {"fragments": 4}),
         ("local 20, fp32, no momentum", {"push": "fp32", "pull": "fp32", **NO_MOMENTUM}),
         ("local 20, onebit, onebit", {"push": "onebit", "pull": "onebit", **NO_MOMENTUM}),
-        ("local 20, topk, topk", {"push": "topk", "pull": "topk", **NO_MOMENTUM}),
+        ("local 20, topk, topk, rate 1.8", {"push": "topk", "pull": "topk", **FAST}),
     ):
         config = {**base, "parallel": {"dp": workers}}
         if server is not None:
@@ -314,6 +315,7 @@ def local(folder: Path, steps: int, workers: int = 2) -> None:
 
 
 NO_MOMENTUM = {"outer_momentum": 0.0, "outer_lr": 1.0}
+FAST = {"outer_momentum": 0.0, "outer_lr": 1.8}  # makes good for what comes late
 
 
 def loopback_bytes() -> int:
@@ -336,7 +338,8 @@ def main(arguments: list[str]) -> None:
         elif command == "deaths":
             deaths(folder)
         elif command == "local":
-            local(folder, int(rest[0]) if rest else 1000)
+            steps, seed = [int(text) for text in rest] + [1000, 1234][len(rest) :]
+            local(folder, steps, seed)
         else:
             raise SystemExit(__doc__)
 

@@ -64,8 +64,9 @@ class ServerSection(Section):
     pull: CodingKind | Literal["auto"] = "auto"
     """What servers send back: parameters (fp32: in the model's precision), or what they lack, in so
     many bits. auto: int4 for local, else fp32."""
-    density: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """topk: share of the elements that is sent."""
+    density: Annotated[float, Field(gt=0, le=1)] = 0.125
+    """topk: share of the elements of which something is sent: of each 1 / density neighbours, the
+    place and the sign of the largest."""
     quorum: PositiveInt | None = None
     """Workers that make up a round, if others are late. Empty: for local more than half, else all
     that are there."""

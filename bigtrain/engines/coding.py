@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from bigtrain.config.serving import CodingKind
-from bigtrain.onebit.codec import Casts, Codec, Codes, Kept, Signs, TopK
+from bigtrain.onebit.codec import Casts, Codec, Codes, Kept, Largest, Signs
 from bigtrain.ops.message import Pair, num_blocks, num_bytes
 from bigtrain.ops.op import Kernels
 from bigtrain.server.coding import Coding, Exact
@@ -28,7 +28,7 @@ class Packed:
 
     def _sizes(self, n: int) -> list[int]:
         codec = self.codec
-        scales = num_blocks(n, codec.block) if codec.block else 0
+        scales = num_blocks(codec.count(n), codec.block) if codec.block else 0
         return [2 * scales, num_bytes(codec.count(n), codec.num_bits)]
 
     def _open(self, message: torch.Tensor, n: int) -> Pair:
@@ -51,13 +51,13 @@ class Packed:
         self.codec.move(replica, self._open(message, replica.numel()))
 
 
-def coding_of(kind: CodingKind, density: float = 0.01, kernels: Kernels = "auto") -> Coding:
+def coding_of(kind: CodingKind, density: float = 0.125, kernels: Kernels = "auto") -> Coding:
     """Return the coding of that name."""
     codecs: dict[str, Codec] = {
         "bf16": Casts(torch.bfloat16),
         "int8": Codes(8, _BLOCK, kernels),
         "int4": Codes(4, _BLOCK, kernels),
         "onebit": Signs(_SIGNS_BLOCK, kernels),
-        "topk": TopK(density),
+        "topk": Largest(max(1, round(1 / density))),
     }
     return Exact() if kind == "fp32" else Packed(codecs[kind])

@@ -1,6 +1,6 @@
 """How rows of numbers become messages, and what is kept of them.
 
-Codes of 4 or 8 bits, signs, numbers of 16 bits, or the largest numbers alone.
+Codes of 4 or 8 bits, signs, numbers of 16 bits, or the largest numbers alone, or their signs.
 
 What is kept begins as zeros and is added to what is packed next. `gone` is the share of what was
 sent that is taken off it: all of it is error feedback (https://arxiv.org/abs/1901.09847).
@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 
 from bigtrain.ops.delta import delta_apply_, delta_pack_
-from bigtrain.ops.message import Pair, num_blocks, per_element
+from bigtrain.ops.flat import root, sum_in_lanes
+from bigtrain.ops.message import Pair, blocks_of, num_blocks, packed, per_element, unpacked
 from bigtrain.ops.op import Kernels
 from bigtrain.ops.quantize import dequantize_mean, quantize_
 from bigtrain.ops.signs import sign_pack_, sign_residual, sign_unpack_mean
@@ -54,7 +55,7 @@ class Kept:
 class Codec(Protocol):
     """Packs rows and adds them up.
 
-    num_bits: of an element that goes; block: elements of a scale, 0 where there are no scales.
+    num_bits: of an element that goes; block: such elements of a scale, 0 where there are no scales.
     """
 
     @property
@@ -271,6 +272,71 @@ class TopK(Common):
         """Return places and values of a message, views of it."""
         places, values = pair[1].split([pair[1].numel() // 3 * 2, pair[1].numel() // 3])
         return places.view(torch.int32), values.view(torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Largest(Common):
+    """Of each `group` neighbours the largest: its place among them, and its sign.
+
+    A place takes as many bits as it needs, so that one in 8 costs half a bit an element. The scale
+    of a block is the root mean square of what was chosen in it. Where that is no number, nothing is
+    taken off what is kept, and all of the block becomes NaN.
+    """
+
+    group: int
+    block: int = 128
+
+    @property
+    def num_bits(self) -> int:
+        return (self.group - 1).bit_length() + 1
+
+    def count(self, n: int) -> int:
+        return num_blocks(n, self.group)
+
+    def pack(self, rows: torch.Tensor, kept: Kept, out: Sequence[Pair], gone: float) -> None:
+        assert gone == 1.0, "all that was sent is taken off"
+        for row, error, pair in zip(rows, kept.values, out, strict=True):
+            self._pack(row + error, error, pair)
+
+    def _pack(self, there: torch.Tensor, error: torch.Tensor, pair: Pair) -> None:
+        n, (scales, codes) = len(there), pair
+        groups = blocks_of(there, self.group)
+        places = groups.abs().argmax(1, keepdim=True)  # the first of equals
+        values = groups.gather(1, places)
+        squares = blocks_of(values * values, self.block)
+        counts = sum_in_lanes(blocks_of(torch.ones_like(values), self.block), self.block)
+        # In fixed order: all servers that hold a block send the same.
+        s = root(sum_in_lanes(squares, self.block) / counts).to(scales.dtype)
+        good = s.isfinite()
+        scales.copy_(torch.where(good, s, torch.nan))
+        minus = values < 0
+        codes.copy_(self._bits(places, minus))
+        sent = self._numbers(scales, minus.flatten())
+        left = groups.scatter(1, places, values - sent[:, None]).flatten()[:n]
+        error.copy_(torch.where(per_element(good, n, self.block * self.group), left, error))
+
+    def _bits(self, places: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:
+        """Return bytes: the lowest bit of all places, the next one of all, ..., signs."""
+        shifts = torch.arange(self.num_bits - 1, device=places.device)
+        planes = torch.cat([(places >> shifts) & 1, minus.long()], dim=1).T
+        return packed(planes.flatten(), 1)
+
+    def _numbers(self, scales: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:
+        s = per_element(scales.float(), len(minus), self.block)
+        return torch.where(minus, -s, s)
+
+    def add_up(self, pairs: Sequence[Pair], out: torch.Tensor, weight: float) -> None:
+        n = out.numel()
+        total = torch.zeros(self.count(n), self.group, device=out.device)
+        shifts = torch.arange(self.num_bits - 1, device=out.device)
+        for scales, codes in pairs:
+            bits = unpacked(codes[None], self.num_bits * len(total), 1).view(-1, len(total))
+            places = (bits[:-1] << shifts[:, None]).sum(0, dtype=torch.int64)
+            places.clamp_(max=self.group - 1)  # whatever a message says
+            total.scatter_add_(1, places[:, None], self._numbers(scales, bits[-1] > 0)[:, None])
+        torch.mul(total.flatten()[:n], weight, out=out)
+        for scales, _ in pairs:
+            _spread_nan(out, scales, self.block * self.group)
 
 
 def _keep_finite(left: torch.Tensor, error: torch.Tensor) -> None:

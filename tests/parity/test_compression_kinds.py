@@ -31,7 +31,7 @@ from bigtrain.compose import parallelize
 from bigtrain.config.layout import Layout
 from bigtrain.config.schema import CompressionSection, Config
 from bigtrain.errors import BigtrainError
-from bigtrain.onebit.codec import Casts, Codec, Codes, TopK
+from bigtrain.onebit.codec import Casts, Codec, Codes, Largest, TopK
 from bigtrain.onebit.feedback import FeedbackWire
 from bigtrain.onebit.frame import Frame
 from bigtrain.onebit.lowrank import LowRankWire
@@ -62,6 +62,8 @@ CODECS: dict[str, Codec] = {
     "int8": Codes(8, 64),
     "topk, few": TopK(0.01),
     "topk, most": TopK(0.7),
+    "largest": Largest(8),
+    "largest, of few": Largest(3),
 }
 
 
