@@ -87,7 +87,8 @@ def _codings(server: ServerSection) -> Iterator[Problem]:
                 f"server.{way} = {getattr(server, way)} with server.outer_momentum = "
                 f"{server.outer_momentum:g}",
                 why="momentum adds up what so few bits get wrong",
-                mend=f"set server.outer_momentum=0 and server.outer_lr=1, or server.{way}=int4",
+                mend="set server.outer_momentum=0 and server.outer_lr=1 (topk: try 1.8), or "
+                f"server.{way}=int4",
                 keys=keys,
             )
     if "topk" not in ways and server.density != ServerSection().density:
