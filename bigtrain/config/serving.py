@@ -82,7 +82,7 @@ class ServerSection(Section):
     join_seconds: Annotated[float, Field(gt=0)] = 120.0
     """How long the first round waits for all workers, and servers for each other."""
     restarts: Annotated[int, Field(ge=0)] = 3
-    """How often a worker that was killed is started again, which then joins in the middle."""
+    """How often a worker or a server that was killed is started again; it joins in the middle."""
     hosts: list[Line] | None = None
     """Machines for servers, by ssh; launch.hosts are then for workers. Empty: servers are spread
     over those of workers."""
