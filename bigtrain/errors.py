@@ -86,6 +86,10 @@ class CheckpointError(BigtrainError):
     """A checkpoint could not be written, is damaged, or does not fit the model."""
 
 
+class Overtaken(Exception):
+    """Others have gone on, and parts of what a checkpoint was to have are not there any more."""
+
+
 class RunFolderError(BigtrainError):
     """The run folder cannot be used: not writable, in use, full, or already holds a run."""
 

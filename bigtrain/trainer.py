@@ -43,7 +43,7 @@ from bigtrain.engines.native import ERRORS, OUTER, NativeState, OwnClock, predic
 from bigtrain.engines.seam import Clock, Gradients, Holder, Place, Runner, Updater
 from bigtrain.engines.served import Served, check_tables, zero_of_worker
 from bigtrain.engines.table_files import TableFiles, is_table_file
-from bigtrain.errors import BigtrainError, CheckpointError, NonFiniteError
+from bigtrain.errors import BigtrainError, CheckpointError, NonFiniteError, Overtaken
 from bigtrain.lifetime import STOP_SIGNALS
 from bigtrain.models.build import Batch, build_loss, build_model, evaluating
 from bigtrain.observe.records import SaveRecord, StepRecord
@@ -447,8 +447,10 @@ class Trainer:
 
     # -- checkpoints ---------------------------------------------------------------------------
 
-    def save(self) -> Path:
+    def save(self) -> Path | None:
         """Save a checkpoint of this step and remove those that need not be kept.
+
+        None: it was given up, on all ranks alike, since other workers have gone on meanwhile.
 
         Raises:
             CheckpointError: on every rank, if any could not write.
@@ -470,11 +472,16 @@ class Trainer:
             else None,
             compression=self.state.progress,
         )
-        self.state.consolidate()
-        blocks = [*self.state.blocks(), *self.state.errors()]
-        further = self.tables.write if self.tables is not None else None
-        where = save(self.checkpoints, state, blocks, self.mesh.world, further)
-        self.state.saved()
+        try:
+            self.state.consolidate()
+            blocks = [*self.state.blocks(), *self.state.errors()]
+            further = self.tables.write if self.tables is not None else None
+            where = save(self.checkpoints, state, blocks, self.mesh.world, further)
+        except Overtaken as error:
+            log.warning("no checkpoint of step %d was written: %s", self.step, error)
+            return None
+        finally:
+            self.state.saved()
         if self.mesh.rank == 0:
             keep = self.config.checkpoint
             prune(self.checkpoints, self.step, keep.keep_last, keep.keep_every)

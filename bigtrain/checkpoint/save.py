@@ -31,7 +31,7 @@ from bigtrain.checkpoint.manifest import (
 from bigtrain.comm.block import NamedBlock
 from bigtrain.comm.collectives import all_gather_object
 from bigtrain.comm.mesh import Axis
-from bigtrain.errors import CheckpointError
+from bigtrain.errors import CheckpointError, Overtaken
 from bigtrain.machine import share
 
 Further = Callable[[Path], list[str]]
@@ -52,6 +52,7 @@ def save(
 
     Raises:
         CheckpointError: on every rank alike, if any rank could not write; nothing is published.
+        Overtaken: the same, if `further` has raised it.
     """
     name = checkpoint_name(state.step)
     hidden = folder / f".writing-{name}"
@@ -60,6 +61,11 @@ def save(
     all_gather_object(None, world, "start of a checkpoint")
     record = _try_write(hidden, blocks, world.rank, further if world.rank == 0 else None)
     records = all_gather_object(record, world, "gather of what the ranks have written")
+    overtaken = [record for record in records if isinstance(record, Overtaken)]
+    if overtaken:
+        if world.rank == 0:
+            shutil.rmtree(hidden, ignore_errors=True)
+        raise overtaken[0]
     failures = [f"rank {rank}: {r}" for rank, r in enumerate(records) if isinstance(r, str)]
     if not failures and world.rank == 0:
         tensors, files = _merge(records)
@@ -105,8 +111,8 @@ _Record = tuple[dict[str, TensorEntry], dict[str, FileEntry]]
 
 def _try_write(
     hidden: Path, blocks: Sequence[NamedBlock], rank: int, further: Further | None
-) -> _Record | str | None:
-    """Write this rank's share; return what was written, an error text, or None for no share."""
+) -> _Record | Overtaken | str | None:
+    """Write this rank's share; return what was written, an error (text), or None for no share."""
     mine = _share(blocks)
     if not mine and further is None:
         return None
@@ -133,6 +139,8 @@ def _try_write(
                 return f"{hidden / file} has {size} bytes, fewer than the {expected} written"
             files.append(file)
         return tensors, {name: _finished(hidden / name) for name in files}
+    except Overtaken as error:
+        return error
     except Exception as error:  # safetensors has exceptions of its own for I/O
         return f"{type(error).__name__}: {error}"
 

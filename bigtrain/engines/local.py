@@ -201,7 +201,7 @@ class LocalState:
             for bucket in self.meetings.buckets
             for part, name in enumerate(self.seat.moments)
         ]
-        bring(self.seat, rooms)
+        bring(self.seat, self.meetings.blocks.newest, rooms)
         self._own.consolidate()
 
     def saved(self) -> None:

@@ -92,7 +92,11 @@ class Holder(Protocol):
         """Yield the state of model and optimizer as blocks of this rank's own memory."""
 
     def consolidate(self) -> None:
-        """Before a checkpoint, on all ranks: bring what ranks keep for themselves to owners."""
+        """Before a checkpoint, on all ranks: bring what ranks keep for themselves to owners.
+
+        Raises:
+            Overtaken: on all ranks, if it is not there any more.
+        """
 
     def saved(self) -> None:
         """After a checkpoint: what `consolidate` has brought is not needed any more."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from bigtrain.comm.block import NamedBlock
 from bigtrain.comm.buckets import Bucket
+from bigtrain.comm.collectives import all_gather_object
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Mesh
 from bigtrain.config.schema import Config, ServerSection, ZeroSection
@@ -22,7 +23,7 @@ from bigtrain.engines.native import NativeState
 from bigtrain.engines.seam import Place
 from bigtrain.engines.seat import Seat
 from bigtrain.engines.table_files import TableFiles
-from bigtrain.errors import BigtrainError
+from bigtrain.errors import BigtrainError, Overtaken
 from bigtrain.ops.op import Kernels
 from bigtrain.optim.rows import make_row_optimizer
 from bigtrain.server.embedding import Tables, tables_of
@@ -241,7 +242,7 @@ class Served:
             rooms += [(key, 1 + part, flat) for part, flat in enumerate(flats)]
             if not self.blocks_.exact or bucket.low_params is not None:
                 rooms.append((key, 1 + len(flats), bucket.main_params))
-        bring(self.seat, rooms)
+        bring(self.seat, self.blocks_.newest, rooms)
         self._state.consolidate()
 
     def saved(self) -> None:
@@ -275,9 +276,17 @@ def flats_of(
     }
 
 
-def bring(seat: Seat, rooms: list[tuple[int, int, torch.Tensor]]) -> None:
-    """Fetch tensors of the version at hand: (key, part, where it goes)."""
+def bring(seat: Seat, newest: int, rooms: list[tuple[int, int, torch.Tensor]]) -> None:
+    """Fetch tensors of the version at hand: (key, part, where it goes). newest: the version of what
+    is here.
+
+    Raises:
+        Overtaken: on all ranks of the worker, if some of this is of a later version.
+    """
     version = seat.turn["version"]
     seat.client.pull([(key, part, version, bytes_of(flat)) for key, part, flat in rooms])
     for key, part, _ in rooms:
-        seat.client.wait_pulled(key, part)
+        newest = max(newest, seat.client.wait_pulled(key, part)[0])
+    newest = max(all_gather_object(newest, seat.mesh.world, "versions of what is to be saved"))
+    if newest > version:
+        raise Overtaken(f"parts of it are of round {newest}, not {version}")

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bigtrain.errors import CheckpointError
+from bigtrain.errors import CheckpointError, Overtaken
 from bigtrain.server.embedding import Tables
 from bigtrain.server.rows import PAGE_BYTES, RowOptimizer, pack_rows, unpack_rows
 from bigtrain.server.table import bytes_of
@@ -44,6 +44,7 @@ class TableFiles:
 
         Raises:
             CommError: no server that holds a table is left.
+            Overtaken: the tables are of a later version than the parameters that are here.
         """
         names: list[str] = []
         for table in self.tables.names:
@@ -57,7 +58,9 @@ class TableFiles:
         for spec in self.tables.specs_of(table):
             after = 0
             while after < spec.count:
-                page, after = self.tables.client.page(spec.key, after)
+                page, after = self.tables.client.page(spec.key, after, self.tables.version)
+                if not after:
+                    raise Overtaken(f"table {table} is of a later round than {self.tables.version}")
                 message = torch.frombuffer(page, dtype=torch.uint8)
                 columns = [spec.size, *(max(1, width) for width in widths.values())]
                 rows, *found = unpack_rows(message, columns)

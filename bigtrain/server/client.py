@@ -225,16 +225,16 @@ class Client:
 
         self._on_loop(go)
 
-    def page(self, key: int, after: int) -> tuple[bytearray, int]:
+    def page(self, key: int, after: int, version: int | None = None) -> tuple[bytearray, int]:
         """Return the next rows of a table that were updated, from row `after` on: a message, and
-        where to go on.
+        where to go on; 0, if the table is not of that `version` any more.
 
         Raises:
             CommError: no server that holds it is left.
         """
 
         def go() -> None:
-            pull = self._pulls[key, PAGE] = _Pull(0, memoryview(b""), after=after)
+            pull = self._pulls[key, PAGE] = _Pull(version or 0, memoryview(b""), after=after)
             self._ask(key, PAGE, pull)
 
         self._on_loop(go)
@@ -531,7 +531,8 @@ class Client:
         if pull.rows is not None:
             link.send(Kind.LOOKUP, pull.rows, key=key, step=pull.version)
         elif pull.after is not None:
-            link.say(Kind.TURN_PAGE, {"after": pull.after}, key=key)
+            wish = {"after": pull.after, "version": pull.version}
+            link.say(Kind.TURN_PAGE, wish, key=key)
         else:
             content = None if pull.have is None else {"have": pull.have}
             link.say(Kind.PULL, content, key=key, step=pull.version, part=part)

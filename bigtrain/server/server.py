@@ -354,7 +354,8 @@ class Server:
             self._rows.on_lookup(link, header, rows)
             self._rows.look_up(self.version)
         elif header.kind is Kind.TURN_PAGE:
-            self._rows.on_turn_page(link, header, number(content, "after"))
+            self._rows.look_up(self.version)
+            self._rows.on_turn_page(link, header, content)
         elif header.kind is Kind.DECLARE:
             self.on_declare(link, who, content)
         elif header.kind is Kind.FILLED:

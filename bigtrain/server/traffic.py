@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from bigtrain.server.fragments import Fragments
 from bigtrain.server.link import Link
-from bigtrain.server.protocol import PAGE, STEPS, Header, Kind, Malformed
+from bigtrain.server.protocol import PAGE, STEPS, Header, Kind, Malformed, number
 from bigtrain.server.rows import RowTables, unpack_rows
 from bigtrain.server.table import Source, Spec, Table, bytes_of
 
@@ -163,8 +163,9 @@ class RowTraffic:
 
             self._do(partial(self.rows.parts[one.key].lookup, one.rows), done)
 
-    def on_turn_page(self, link: Link, header: Header, after: int) -> None:
-        """A worker wishes for a page of a table.
+    def on_turn_page(self, link: Link, header: Header, content: Mapping[str, Any]) -> None:
+        """A worker wishes for a page of a table, perhaps of one version alone: then "0" as where to
+        go on says that this is not there any more.
 
         Raises:
             Malformed: there is no such table.
@@ -172,9 +173,13 @@ class RowTraffic:
         part = self.rows.parts.get(header.key)
         if part is None:
             raise Malformed(f"a page of table {header.key}, which nobody has declared")
+        after = number(content, "after")
+        wanted = number(content, "version") if "version" in content else 0
 
         def done(page: tuple[torch.Tensor, int]) -> None:
-            data = bytes_of(page[0])
-            link.send(Kind.TENSOR, data, key=header.key, step=page[1], part=PAGE)
+            data, following = bytes_of(page[0]), page[1]
+            if wanted and self._version != wanted:
+                following = 0
+            link.send(Kind.TENSOR, data, key=header.key, step=following, part=PAGE)
 
         self._do(partial(part.page, after), done)

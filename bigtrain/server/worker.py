@@ -112,6 +112,11 @@ class Blocks:
         have = {self.key(b): v for b in order if (v := self._versions.get(b.index)) is not None}
         self.client.pull(wanted, None if self._pull.exact else have)
 
+    @property
+    def newest(self) -> int:
+        """Return the newest version that a block is of."""
+        return max(self._versions.values(), default=0)
+
     def wait(self, bucket: Bucket, into: torch.Tensor) -> int:
         """Return the version of a block that was asked for, once it is in its place."""
         version, steps = self.client.wait_pulled(self.key(bucket))

@@ -14,7 +14,7 @@ from bigtrain.checkpoint import save as saving
 from bigtrain.checkpoint.load import find_last_good
 from bigtrain.checkpoint.manifest import list_checkpoints, read_manifest
 from bigtrain.checkpoint.save import prune, remove_unfinished, save
-from bigtrain.errors import CheckpointError
+from bigtrain.errors import CheckpointError, Overtaken
 
 FULL = OSError(28, "No space left on device")
 
@@ -70,6 +70,21 @@ def test_silently_short_file_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(CheckpointError, match="has 5 bytes, fewer than"):
         save_alone(tmp_path, 1)
     assert steps(tmp_path) == []
+
+
+def test_what_was_overtaken_is_not_published(tmp_path: Path) -> None:
+    """What the others had written goes, and the one before stays good."""
+    before = save_alone(tmp_path, 1)
+
+    def further(folder: Path) -> list[str]:
+        (folder / "rows").write_bytes(b"half of it")
+        raise Overtaken("others have gone on")
+
+    blocks = [whole("w", torch.arange(4.0))]
+    with pytest.raises(Overtaken):
+        save(tmp_path, state(2), blocks, ALONE, further)
+    assert (steps(tmp_path), hidden(tmp_path)) == ([1], [])
+    assert find_last_good(tmp_path, ALONE)[0] == before  # type: ignore[index]
 
 
 def test_failure_of_one_rank_fails_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
