@@ -137,6 +137,6 @@ def test_a_checkpoint_of_another_table(bags: Bench) -> None:
         ((*SYNC, "server.rows.optimizer=adam"), ("server.rows.optimizer", "exp_avg")),
         ((*SYNC, "model.args={rows: 500}"), ("has become smaller",)),
         ((*SYNC, "model.args={size: 4}"), ("another size",)),
-        (("parallel.dp=2", "model.args={served: false}"), ("tensors",)),
+        (("parallel.dp=2", "model.args={served: false}"), ("no such tables",)),
     ):
         bags.launch(*wrong, *more, resume=True, code=1).assert_told(*words)
