@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -221,6 +221,16 @@ class Admission:
         server.peers.links[content["alive"][0]].say(Kind.JOINED, {})
         callers, self._callers = self._callers, []
         for link in callers:
+            self._know(link, content["alive"])
+
+    def _know(self, link: Link, alive: Sequence[int]) -> None:
+        """Another that was a guest with us: it still is one, or was let in before us."""
+        server, who = self._server, link.who
+        assert who is not None
+        if who.index in alive:
+            server.peers.know(who)
+            server.peers.links.setdefault(who.index, link)
+        else:
             server.opened(link, {})
 
     def tick(self, now: float) -> None:

@@ -183,6 +183,25 @@ def test_the_board_dies_while_a_guest_waits() -> None:
         wait_for("it to be let in", lambda: all(s.alive == {1, 2} for s in two))
 
 
+def test_two_servers_come_back_together() -> None:
+    """They meet as guests; who is let in first is no guest for the other then."""
+    with world(servers=3, replicas=3, workers=2, steps=10**6) as some:
+        workers = some.start(seconds=0.02)
+        some.wait_version(3)
+        some.wait_whole()
+        for index in (0, 1):
+            some.kill_server(index)
+            some.wait_version(some.version + 2)
+        for index in (0, 1):
+            some.server(index, incarnation=1)
+        some.wait_whole()
+        some.wait_version(some.version + 10)
+        assert all(len(server.alive) == 3 for server in some.servers)
+        for worker in workers:
+            worker.leave_at = some.version + 5
+        some.wait()
+
+
 def test_a_worker_makes_up_the_majority_again() -> None:
     """One server says nothing, and one of two workers is killed: with it back, all goes on."""
     with world(servers=2, replicas=2, workers=2, steps=10**6) as some:
