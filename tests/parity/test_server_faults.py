@@ -192,10 +192,17 @@ def test_two_servers_come_back_together() -> None:
         for index in (0, 1):
             some.kill_server(index)
             some.wait_version(some.version + 2)
+        for worker in workers:
+            worker.seconds = 0.5  # guests are let in between two rounds
+        some.wait_version(some.version + 1)
         for index in (0, 1):
             some.server(index, incarnation=1)
+        wait_for("their calls", lambda: some.servers[0].peers.links and some.servers[1].peers.links)
+        for worker in workers:
+            worker.seconds = 0.02
         some.wait_whole()
         some.wait_version(some.version + 10)
+        assert not some.failures
         assert all(len(server.alive) == 3 for server in some.servers)
         for worker in workers:
             worker.leave_at = some.version + 5
