@@ -194,7 +194,7 @@ class Trainer:
         Saves when a checkpoint is due, and at the end, after the caller has handled the record.
         """
         self.clock.begin(self.source.items_per_sample)
-        saved = self.step
+        began = saved = self.step
         while self.step < self.config.train.steps and not self.stop_signal:
             yield self.train_step()
             every = self.config.parallel.check_replicas_every
@@ -205,7 +205,18 @@ class Trainer:
                 saved = self.step
         if saved != self.step:
             self._save_if_ours()
+        self._see_it_saved(began)
         self.path.settle()
+
+    def _see_it_saved(self, began: int) -> None:
+        """Save the end, if the world that was to save it is gone."""
+        if self.stop_signal and self.config.server.mode == "async":
+            return  # each has a last step of its own
+        done = self.last_save is not None and self.last_save.step == self.step
+        done = done or (began == self.step and not self.clock.has_begun)  # nothing was to be done
+        while self.clock.must_save(done):
+            self.save()
+            done = True
 
     def _save_if_ours(self) -> None:
         if self.speaks:

@@ -86,6 +86,7 @@ class ServedRun:
         self._patient = job.patient
         self._deadline: float | None = None
         self._cannot_begin = False
+        self._unserved_since: float | None = None  # since when no server runs, after the work
         folder.status.unlink(missing_ok=True)  # servers write it once the run has begun
 
     def _open(self) -> None:
@@ -161,11 +162,32 @@ class ServedRun:
         now = time.monotonic()
         self.place.update()
         self._pass_on_signals(now)
+        if self._is_done:
+            self._end_returned(now)
         for part in self.parts:
             if part.start_at is not None and now >= part.start_at:
                 self._start_again(part)
             elif part.runs and part.start_at is None:
                 self._look_at(part, now)
+
+    @property
+    def _is_done(self) -> bool:
+        """Has a worker seen the run to its end?"""
+        return any(part.is_over and part.ended is None for part in self._of("worker"))
+
+    def _end_returned(self, now: float) -> None:
+        """End workers that came back when the work was done: nobody is there any more to join."""
+        served = any(part.runs for part in self._of("server"))
+        self._unserved_since = None if served else self._unserved_since or now
+        late = self._unserved_since is not None and now - self._unserved_since > _SERVERS_SECONDS
+        for part in self._of("worker"):
+            if part.start_at is not None:
+                part.start_at, part.is_over = None, True
+                self.say(f"{part.who} is not started again: others have done the work")
+            elif late and part.runs and part.incarnation:
+                for rank in part.team.ranks:
+                    rank.ended_by_us = rank.code is None
+                part.team.end()
 
     def _pass_on_signals(self, now: float) -> None:
         if self._asked.by_time(self._is_time_up, self.say):
@@ -221,6 +243,8 @@ class ServedRun:
             self.config.server.replicas > 1 and self.config.server.mode in ("sync", "local")
         )
         again = can_return and part.was_killed and others and self.place.has(part.nodes)
+        if part.role == "worker" and self._is_done:
+            again = False
         if again and part.incarnation < self.config.server.restarts:
             part.start_at, part.is_over = now + _RESTART_SECONDS, False
             self.say(f"{line}; it is started again")
@@ -275,7 +299,7 @@ class ServedRun:
             Ended: how the first of those ended that failed; servers come first.
         """
         workers = self._of("worker")
-        if any(part.is_over and part.ended is None for part in workers):
+        if self._is_done:
             return 0
         asked = self._asked.numbers
         ends = [part.ended for part in (*self._of("server"), *workers) if part.ended is not None]

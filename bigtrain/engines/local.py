@@ -97,7 +97,8 @@ class LocalClock:
 
     @property
     def speaks(self) -> bool:
-        return self.seat.leads and (self.seat.is_new or self._taken > 0)
+        leads = self.seat.leads and (self.seat.is_new or self._taken > 0)
+        return self.seat.inherits or leads
 
     def go_to(self, step: int, cursor: int) -> None:
         self.step, self.cursor = step, cursor
@@ -146,6 +147,9 @@ class LocalClock:
 
     def add_up(self, totals: torch.Tensor, what: str) -> torch.Tensor:
         return self.seat.add_up(totals, what)
+
+    def must_save(self, saved: bool) -> bool:
+        return self.seat.must_save(saved)
 
     def leave(self) -> None:
         self.seat.client.leave()

@@ -148,6 +148,9 @@ class OwnClock:
     def add_up(self, totals: torch.Tensor, what: str) -> torch.Tensor:
         return totals
 
+    def must_save(self, saved: bool) -> bool:
+        return False
+
     def leave(self) -> None:
         pass
 

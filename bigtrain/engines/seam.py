@@ -183,5 +183,9 @@ class Clock(Protocol):
     def add_up(self, totals: torch.Tensor, what: str) -> torch.Tensor:
         """Return the sum of `totals` over the worlds that evaluate."""
 
+    def must_save(self, saved: bool) -> bool:
+        """After the last step, wait until a world has saved it; return whether it is for this one,
+        since the one that was to is gone. saved: has this world done it?"""
+
     def leave(self) -> None:
         """The run is over here."""

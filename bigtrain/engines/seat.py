@@ -15,7 +15,7 @@ from bigtrain.server.chaos import Chaos
 from bigtrain.server.client import Client
 from bigtrain.server.environment import Environment
 from bigtrain.server.fragments import Fragments
-from bigtrain.server.protocol import Who
+from bigtrain.server.protocol import THE_END, Who
 from bigtrain.server.table import Spec
 
 _MOST_UNTOLD = 64  # rounds; the board tells with each turn which ones count
@@ -35,6 +35,7 @@ class Seat:
     """Speaks with servers for the ranks of one worker: rank 0 with the board, each with its own.
 
     turn: what to do next. outcome: of the last round that is known; `is_new`: since the last turn.
+    inherits: does it speak in place of one that is gone?
 
     Raises:
         CommError: no server that holds a block is left, or one refuses this worker.
@@ -55,7 +56,7 @@ class Seat:
         self.num_servers = len(env.addresses)
         self.turn: dict[str, Any] = {"clock": 0}
         self.outcome: dict[str, Any] | None = None
-        self.is_new = False
+        self.is_new = self.inherits = False
         self._read: dict[int, list[list[int]]] = {}  # round -> samples of each step of it
 
     def start(self, specs: Sequence[Spec]) -> None:
@@ -110,7 +111,10 @@ class Seat:
     @property
     def leads(self) -> bool:
         """Does this worker speak for the last round?"""
-        return self.worker == (self.outcome["speaker"] if self.outcome is not None else 0)
+        if self.outcome is None:
+            return self.worker == 0
+        me, speaker = [self.worker, self.client.who.incarnation], self.outcome["speaker"]
+        return any(part[:2] == me for part in self.outcome["parts"] if part[0] == speaker)
 
     def totals(self, like: torch.Tensor) -> torch.Tensor:
         """Return what the last round's workers have reported, summed."""
@@ -129,6 +133,24 @@ class Seat:
             return None
         dp, number = self.mesh.dp, self.workers.index(self.worker)
         return Place(0, number * dp.degree + dp.rank, len(self.workers) * dp.degree)
+
+    def must_save(self, saved: bool) -> bool:
+        """Wait until the last checkpoint is there: return whether it is for this worker to save it,
+        since who was to is gone. saved: has this worker done it?"""
+        everybody = range(self.server.workers)
+        while True:
+            values = None
+            if self.mesh.rank == 0:
+                me = [float(worker == self.worker) for worker in everybody]
+                values = self.client.add_up(THE_END, everybody, [*me, float(saved)])
+            values = all_gather_object(values, self.mesh.world, "the end of other workers")[0]
+            if values[-1]:
+                return False
+            # Those of the last round have what it has made of the optimizer's state.
+            heir = next(w for w in (*self.workers, *everybody) if values[w])
+            if heir == self.worker:
+                self.inherits = True
+                return True
 
     def add_up(self, totals: torch.Tensor, what: str) -> torch.Tensor:
         """Return the sum over the workers of the last round."""

@@ -85,7 +85,7 @@ class ServedClock:
 
     @property
     def speaks(self) -> bool:
-        return self.seat.is_new and self.seat.leads
+        return self.seat.inherits or (self.seat.is_new and self.seat.leads)
 
     def go_to(self, step: int, cursor: int) -> None:
         self.step, self.cursor = step, cursor
@@ -132,6 +132,9 @@ class ServedClock:
 
     def add_up(self, totals: torch.Tensor, what: str) -> torch.Tensor:
         return self.seat.add_up(totals, what)
+
+    def must_save(self, saved: bool) -> bool:
+        return self.seat.must_save(saved)
 
     def leave(self) -> None:
         self.seat.client.leave()

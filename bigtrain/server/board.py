@@ -15,7 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from bigtrain.server.protocol import Kind, Malformed, number, numbers, section, whole_numbers
+from bigtrain.server.protocol import (
+    THE_END,
+    Kind,
+    Malformed,
+    number,
+    numbers,
+    section,
+    whole_numbers,
+)
 from bigtrain.server.rounds import Closed, Report, Rounds, Turn
 from bigtrain.server.shares import Share
 
@@ -130,6 +138,7 @@ class Board:
         self._asked: set[int] = set()
         self._num_totals = 0
         self._sums: dict[str, _Sum] = {}
+        self._ending: set[int] = set()  # workers at the end, which wait for each other alone
         self._totals: dict[str, list[float]] = {}  # the last ones
         self._waiting: set[int] = set()  # guests, which are let in between two rounds
         self._guest: int | None = None  # one that is being given what it is to hold
@@ -238,6 +247,7 @@ class Board:
     def on_worker_left(self, worker: int) -> None:
         """A worker has done what it was to do."""
         self._expected.discard(worker)
+        self._ending.discard(worker)
         self._turns.pop(worker, None)
         self.rounds.lost(worker)
         self._check_sums()
@@ -245,10 +255,11 @@ class Board:
     def on_worker_lost(self, worker: int, why: str) -> None:
         """A worker is gone."""
         self._expected.discard(worker)
+        self._ending.discard(worker)
         if worker in self.rounds.members:
             self.rounds.lost(worker)
             self._turns.pop(worker, None)
-            left, of = len(self.rounds.members), self.rounds.rules.workers
+            left, of = len(self.rounds.members.keys() | self._ending), self.rounds.rules.workers
             log.info("worker %d: %s; %d of %d go on", worker, why, left, of)
         self._check_sums()
 
@@ -321,19 +332,25 @@ class Board:
         if name in self._totals:  # its link was lost before it was told
             self.voice.tell(worker, Kind.TOTAL, {"name": name, "values": self._totals[name]})
             return
+        if name == THE_END:  # no round waits for it any more
+            self.rounds.lost(worker)
+            self._ending.add(worker)
         self._sums.setdefault(name, _Sum(workers)).offers[worker] = values
         self._check_sums()
 
     def _check_sums(self) -> None:
         for name, one in list(self._sums.items()):
             there = {*self.rounds.members, *self._expected, *one.offers}
+            if name == THE_END:
+                there |= self._ending
             due = [w for w in one.workers if w in there]
             if all(w in one.offers for w in due):
                 del self._sums[name]
                 while len(self._totals) >= _MOST_TOTALS:
                     del self._totals[next(iter(self._totals))]
                 values = [sum(column) for column in zip(*one.offers.values(), strict=True)]
-                self._totals[name] = values
+                if name != THE_END:  # they may have to meet there again
+                    self._totals[name] = values
                 for worker in one.offers:
                     self.voice.tell(worker, Kind.TOTAL, {"name": name, "values": values})
 

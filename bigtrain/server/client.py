@@ -453,6 +453,7 @@ class Client:
             self._take_alive(content["alive"])
         elif kind is Kind.TOTAL:
             self._totals[str(content["name"])] = content["values"]
+            self._offer = None
         else:
             raise Malformed(f"{kind.name} from a server")
         self._notify()

@@ -25,6 +25,7 @@ MOST_TEXT = 64 << 20  # bytes of JSON: what a worker declares of a large model
 MOST_BEFORE_WELCOME = 4096  # bytes of JSON of who has not shown yet that it has the token
 TOKEN_BYTES = 32
 NONCE_BYTES = 16
+THE_END = "the end"  # what workers offer numbers for that have no round to begin any more
 STEPS = 0xFFFF  # the part of a TENSOR that tells how parameters have moved, step by step
 PAGE = 0xFFFE  # the part of a TENSOR or of VALUES that is some rows of a table, with moments
 

@@ -267,6 +267,45 @@ def test_workers_that_take_their_time_to_end(bench: Bench, stopped: bool) -> Non
     run.assert_clean()
 
 
+# A user's module by which the first that saves step 8 is killed before it is done.
+FATAL = """
+import os, signal
+from parts import model
+import bigtrain.trainer as trainer
+
+save = trainer.save
+
+def fatal(folder, state, *rest):
+    if state.step == 8 and not os.path.exists("killed"):
+        open("killed", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(folder, state, *rest)
+
+trainer.save = fatal
+"""
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("server.mode=sync",),
+        ("server.mode=async", "optimizer.kind=sgd"),
+        ("server.mode=local", "server.local_steps=4"),
+    ],
+    ids=lambda mode: mode[0],
+)
+def test_a_worker_is_killed_in_the_last_save(bench: Bench, mode: Sequence[str]) -> None:
+    """Another saves; it comes back no more, since there is nobody who could be joined."""
+    (bench.path / "fatal.py").write_text(FATAL)
+    run = bench.start(*SYNC[:2], *UNEVEN, *mode, "model.factory=fatal:model", "train.steps=8")
+    assert run.wait() == 0, run.shown
+    assert (bench.path / "killed").exists()
+    assert run.checkpoints() == ["step-00000008"]
+    assert "to continue" in run.shown
+    assert [r["step"] for r in run.metrics() if "save_seconds" in r] == [8]
+    run.assert_clean()
+
+
 def test_the_launcher_ends(bench: Bench) -> None:
     """No process outlives it, neither server nor worker."""
     run = bench.start(*TWO, *SLOW, "train.steps=2000")
