@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from bigtrain.server.server import Server
 
 
+_MISSING_LEASES = 6  # that a guest waits for servers that it cannot reach, beside other guests
+
+
 class Guests:
     """The guests of a server: others that were started again, and are not among us yet."""
 
@@ -178,12 +181,12 @@ class Admission:
         return source in self._sources
 
     def met(self, link: Link, greeting: dict[str, Any]) -> None:
-        """We have called a server, and it says who lives: none, if it is not part of the run."""
+        """We have called a server, and it says whether it is a guest, too."""
         assert link.who is not None
-        if greeting.get("alive"):
-            self._strangers.pop(link.who.index, None)
-        else:
+        if greeting.get("guest"):
             self._strangers[link.who.index] = link
+        else:
+            self._strangers.pop(link.who.index, None)
 
     def on_adopt(self, content: dict[str, Any], sender: int) -> None:
         """The board says what we are to hold: say when there is room for it."""
@@ -234,17 +237,21 @@ class Admission:
             server.opened(link, {})
 
     def tick(self, now: float) -> None:
-        """Give up if there is nobody who could let us in: all others have come back, as we have."""
+        """Give up if there is nobody who could let us in: all others have come back as we have, or
+        are gone."""
         if not self.waits:
             return
         server = self._server
-        others = set(range(server.num_servers)) - {server.setup.index}
         strangers = {index for index, link in self._strangers.items() if link.open}
-        self._alone_since = (self._alone_since or now) if strangers == others else None
-        if self._alone_since is not None and now - self._alone_since > server.setup.lease_seconds:
+        members = server.peers.links.keys() - strangers
+        self._alone_since = (self._alone_since or now) if strangers and not members else None
+        everybody = len(strangers) == server.num_servers - 1  # else one may be cut off for a while
+        patience = server.setup.lease_seconds * (1 if everybody else _MISSING_LEASES)
+        if self._alone_since is not None and now - self._alone_since > patience:
             server.fail(
                 BigtrainError(
-                    "all servers were started again: none is left that held anything",
+                    f"server {server.setup.index} and all that it can reach were started again: "
+                    "none is left that held anything",
                     why="what they had since the last checkpoint is lost with them",
                     mend="--resume goes on from the last checkpoint",
                 )

@@ -199,7 +199,8 @@ class Server:
         comes = who.index if who.role == "worker" else None
         lost = self._may_be_cut_off(comes) or self._lost_block is not None
         knows = not self.admission.waits and not lost and not self._is_over
-        return {"identity": self.identity, "alive": self.seniority if knows else []}
+        alive = self.seniority if knows else []
+        return {"identity": self.identity, "alive": alive, "guest": self.admission.waits}
 
     def opened(self, link: Link, greeting: dict[str, Any]) -> None:
         who = link.who

@@ -567,16 +567,17 @@ def test_the_only_server_ends_while_a_worker_joins() -> None:
         assert "it has no memory left" in str(worker.error)
 
 
-def test_all_servers_are_started_again() -> None:
-    """Nobody is left who could give them anything: they say so, and do not wait for ever."""
-    with world(servers=2, replicas=2, workers=2, steps=10**6) as some:
+@pytest.mark.parametrize("servers", [2, 3])
+def test_all_servers_are_started_again(servers: int) -> None:
+    """Or gone for good. Nobody is left who could give them anything: they say so."""
+    with world(servers=servers, replicas=2, workers=2, steps=10**6, lease=0.5) as some:
         some.start(seconds=0.01)
         some.wait_version(3)
-        for index in (0, 1):
+        for index in range(servers):
             some.kill_server(index)
         for index in (0, 1):
             some.server(index, incarnation=1)
-        some.wait_servers()
+        some.wait_servers(0, 1)
         assert any("none is left" in str(failure) for failure in some.failures.values())
         for worker in some.workers.values():
             worker.gone = True
