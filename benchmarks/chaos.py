@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 WORKERS, SERVERS = 4, 3
-APART, SERVERS_APART = 8, 48  # steps between two events, and between two that servers suffer
+APART, SERVERS_APART = 8, 120  # steps between two events, and between two that servers suffer
 LEASE = 2.0
 
 CONFIG: dict[str, Any] = {
