@@ -50,7 +50,45 @@ class AdagradRows:
         )
 
 
-class AdamRows:
+class _FlatRows:
+    """Takes the rows out of the table, updates them as any flat block, and puts them back."""
+
+    factor: float
+
+    def moments(self, size: int) -> dict[str, int]:
+        raise NotImplementedError
+
+    def update(
+        self,
+        values: torch.Tensor,
+        rows: torch.Tensor,
+        grad: torch.Tensor,
+        moments: Mapping[str, torch.Tensor],
+        *,
+        rate: float,
+        divisor: torch.Tensor | None,
+        step: int,
+    ) -> None:
+        tables = [values, *(moments[name] for name in self.moments(1))]
+        own = [table.index_select(0, rows) for table in tables]
+        flat = [tensor.view(-1) for tensor in own]
+        self._update(flat, grad.reshape(-1), rate * self.factor, divisor, step)
+        for table, new in zip(tables, own, strict=True):
+            table.index_copy_(0, rows, new)
+
+    def _update(
+        self,
+        own: list[torch.Tensor],
+        grad: torch.Tensor,
+        lr: float,
+        divisor: torch.Tensor | None,
+        step: int,
+    ) -> None:
+        """Update values and moments, each flat, in place."""
+        raise NotImplementedError
+
+
+class AdamRows(_FlatRows):
     """Adam of rows, without decay: moments of a row move when it is touched, their bias is
     corrected by the number of all updates, as in torch.optim.SparseAdam."""
 
@@ -66,35 +104,29 @@ class AdamRows:
     def moments(self, size: int) -> dict[str, int]:
         return {"exp_avg": size, "exp_avg_sq": size}
 
-    def update(
+    def _update(
         self,
-        values: torch.Tensor,
-        rows: torch.Tensor,
+        own: list[torch.Tensor],
         grad: torch.Tensor,
-        moments: Mapping[str, torch.Tensor],
-        *,
-        rate: float,
+        lr: float,
         divisor: torch.Tensor | None,
         step: int,
     ) -> None:
-        tensors = [values, moments["exp_avg"], moments["exp_avg_sq"]]
-        own = [tensor.index_select(0, rows) for tensor in tensors]
+        values, *moments = own
         adamw_(
-            own[0].view(-1),
-            grad.reshape(-1),
-            *(moment.view(-1) for moment in own[1:]),
+            values,
+            grad,
+            *moments,
             step=step,
-            lr=rate * self.factor,
+            lr=lr,
             betas=self.betas,
             eps=self.eps,
             divisor=divisor,
             kernels=self.kernels,
         )
-        for tensor, new in zip(tensors, own, strict=True):
-            tensor.index_copy_(0, rows, new)
 
 
-class SgdRows:
+class SgdRows(_FlatRows):
     """Plain SGD of rows."""
 
     def __init__(self, factor: float, kernels: Kernels = "auto") -> None:
@@ -103,27 +135,15 @@ class SgdRows:
     def moments(self, size: int) -> dict[str, int]:
         return {}
 
-    def update(
+    def _update(
         self,
-        values: torch.Tensor,
-        rows: torch.Tensor,
+        own: list[torch.Tensor],
         grad: torch.Tensor,
-        moments: Mapping[str, torch.Tensor],
-        *,
-        rate: float,
+        lr: float,
         divisor: torch.Tensor | None,
         step: int,
     ) -> None:
-        own = values.index_select(0, rows)
-        sgd_(
-            own.view(-1),
-            grad.reshape(-1),
-            None,
-            lr=rate * self.factor,
-            divisor=divisor,
-            kernels=self.kernels,
-        )
-        values.index_copy_(0, rows, own)
+        sgd_(own[0], grad, None, lr=lr, divisor=divisor, kernels=self.kernels)
 
 
 def make_row_optimizer(
