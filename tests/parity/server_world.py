@@ -75,6 +75,11 @@ def gradient(params: torch.Tensor, cursor: int, number: int) -> torch.Tensor:
     return 0.1 * params + noise
 
 
+def objective(params: list[torch.Tensor]) -> float:
+    """Return what the gradients lower, but for their noise."""
+    return sum(0.05 * float((p**2).sum()) for p in params)
+
+
 def specs_of(servers: int, replicas: int) -> list[BlockSpec]:
     names = [f"0/{i}" for i in range(len(SIZES))]
     where = place(names, SIZES, servers, replicas)
@@ -179,6 +184,7 @@ class Worker(threading.Thread):
         self.error: BaseException | None = None
         self.gone = False
         self._over = threading.Event()
+        self._stalled_until = 0.0
         self._old: list[torch.Tensor] = []
 
     @property
@@ -226,7 +232,7 @@ class Worker(threading.Thread):
 
     def _work(self, turn: dict[str, Any], base: int) -> None:
         clock, (cursor, number) = turn["clock"], turn["share"]
-        self._over.wait(self.seconds)
+        self._over.wait(max(self.seconds, self._stalled_until - time.monotonic()))
         grads = [gradient(p, cursor, number) for p in self.params]
         self.tables.begin(turn["version"])
         if self.world.has_table:
@@ -254,6 +260,11 @@ class Worker(threading.Thread):
             self.client.report(clock - 1, base, [1e6, 1.0], have)
             self.client.report(clock, base, totals, have)
             self.client.report(clock, base, totals, have)
+
+    def stall(self, seconds: float) -> None:
+        """Do nothing for that long, as a process that is stopped."""
+        self._stalled_until = time.monotonic() + seconds
+        self.client._loop.call(lambda: time.sleep(seconds))
 
     def vanish(self) -> None:
         """End as a process does that is killed."""
@@ -367,6 +378,13 @@ class World:
         """Let nothing pass on any link of a server or of a worker."""
         loop = self.servers[index].loop if role == "server" else self.workers[index].client._loop
         loop.suffer(Event("cut", role, index, 0, seconds))
+
+    def stop(self, role: Literal["server", "worker"], index: int, seconds: float) -> None:
+        """Let a server or a worker stand still: its links are open, and it does nothing."""
+        if role == "worker":
+            self.workers[index].stall(seconds)
+        else:
+            self.servers[index].loop.call(lambda: time.sleep(seconds))
 
     # -- waiting -------------------------------------------------------------------------------
 

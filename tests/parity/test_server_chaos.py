@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import pytest
 import torch
-from server_world import World, leaves_nothing, wait_for, world
+from server_world import World, alone, initial, leaves_nothing, objective, wait_for, world
 
 from bigtrain.errors import BigtrainError
 
@@ -17,7 +18,8 @@ pytestmark = pytest.mark.parity
 SERVERS, WORKERS = 3, 5
 LEAST = 3  # workers that are there at any moment: more than half
 LEASE = 1.5  # long enough for a machine that others use, too
-SHORT, LENGTHY = 0.2, 2.1  # seconds of cuts: the lease is between them
+SHORT, LENGTHY = 0.2, 2.1  # seconds of cuts and stops: the lease is between them
+NEAR = 0.1  # of the objective of runs that nothing happens to
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +27,10 @@ def nothing_is_left() -> Iterator[None]:
     """No thread, descriptor or socket of a world outlives it."""
     with leaves_nothing():
         yield
+
+
+# Cuts off, or stops, a server or worker for some seconds: as World.cut and World.stop.
+Silence = Callable[[Literal["server", "worker"], int, float], None]
 
 
 class Storm:
@@ -38,8 +44,8 @@ class Storm:
         self.told: list[str] = []
         self.down: int | None = None  # a server
         self.away: set[int] = set()  # workers that were killed, or have left
-        self.cut: dict[int, tuple[float, int]] = {}  # worker -> (until when, its rounds by then)
-        self.cut_servers: set[int] = set()
+        self.silent: dict[int, tuple[float, int]] = {}  # worker -> (until when, rounds by then)
+        self.silent_servers: set[int] = set()
         self._incarnations: dict[str, int] = {}
 
     def blow(self) -> None:
@@ -70,22 +76,26 @@ class Storm:
             "kill server": self.down is None,
             "cut server long": self.down is None,
             "cut server short": True,
+            "stop server long": self.down is None,
+            "stop server short": True,
             "restart server": self.down is not None,
             "kill worker": spare,
             "cut worker long": spare,
             "cut worker short": True,
+            "stop worker long": spare,
+            "stop worker short": True,
             "leave worker": spare,
             "join worker": bool(self.away),
         }
 
     def _up(self) -> list[int]:
-        return [w for w in range(WORKERS) if w not in self.away and w not in self.cut]
+        return [w for w in range(WORKERS) if w not in self.away and w not in self.silent]
 
     def _see_who_is_back(self) -> None:
         now = time.monotonic()
-        for index, (until, rounds) in list(self.cut.items()):
+        for index, (until, rounds) in list(self.silent.items()):
             if now > until and len(self.some.workers[index].bases) > rounds + 2:
-                del self.cut[index]
+                del self.silent[index]
 
     def _next(self, who: str) -> int:
         self._incarnations[who] = self._incarnations.get(who, 0) + 1
@@ -100,16 +110,28 @@ class Storm:
         return str(self.down)
 
     def _cut_server_long(self) -> str:
+        return self._silence_server(self.some.cut)
+
+    def _cut_server_short(self) -> str:
+        return self._hush_server(self.some.cut)
+
+    def _stop_server_long(self) -> str:
+        return self._silence_server(self.some.stop)
+
+    def _stop_server_short(self) -> str:
+        return self._hush_server(self.some.stop)
+
+    def _silence_server(self, silence: Silence) -> str:
         self.some.wait_whole()
         self.down = self.draw.randrange(SERVERS)
-        self.cut_servers.add(self.down)
-        self.some.cut("server", self.down, LENGTHY)
+        self.silent_servers.add(self.down)
+        silence("server", self.down, LENGTHY)
         self.some.wait_version(self.some.version + 3)  # the others go on without it
         return str(self.down)
 
-    def _cut_server_short(self) -> str:
+    def _hush_server(self, silence: Silence) -> str:
         index = self.draw.choice([s for s in range(SERVERS) if s != self.down])
-        self.some.cut("server", index, SHORT)
+        silence("server", index, SHORT)
         return str(index)
 
     def _restart_server(self) -> str:
@@ -128,15 +150,27 @@ class Storm:
         return str(index)
 
     def _cut_worker_long(self) -> str:
-        index = self.draw.choice(self._up())
-        self.some.cut("worker", index, LENGTHY)
-        rounds = len(self.some.workers[index].bases)
-        self.cut[index] = time.monotonic() + LENGTHY, rounds
-        return str(index)
+        return self._silence_worker(self.some.cut)
 
     def _cut_worker_short(self) -> str:
+        return self._hush_worker(self.some.cut)
+
+    def _stop_worker_long(self) -> str:
+        return self._silence_worker(self.some.stop)
+
+    def _stop_worker_short(self) -> str:
+        return self._hush_worker(self.some.stop)
+
+    def _silence_worker(self, silence: Silence) -> str:
         index = self.draw.choice(self._up())
-        self.some.cut("worker", index, SHORT)
+        silence("worker", index, LENGTHY)
+        rounds = len(self.some.workers[index].bases)
+        self.silent[index] = time.monotonic() + LENGTHY, rounds
+        return str(index)
+
+    def _hush_worker(self, silence: Silence) -> str:
+        index = self.draw.choice(self._up())
+        silence("worker", index, SHORT)
         return str(index)
 
     def _leave_worker(self) -> str:
@@ -159,7 +193,10 @@ def assert_all_is_well(some: World, storm: Storm) -> None:
     """The run is whole: its parameters, its rounds, its data."""
     some.wait_servers()
     first, *others = some.workers.values()
-    assert all(parameter.isfinite().all() for parameter in first.params)
+    # As near its aim as a run of that many rounds of all workers, or of the fewest that were there.
+    calm, least = (objective(alone(some.steps, number)) for number in (WORKERS, LEAST))
+    assert least < 0.9 * objective(initial()), "too few rounds to see whether it has learned"
+    assert (1 - NEAR) * calm < objective(first.params) < (1 + NEAR) * least
     for worker in others:
         assert all(map(torch.equal, worker.params, first.params))
     sums: dict[int, set[str]] = {}
@@ -170,7 +207,7 @@ def assert_all_is_well(some: World, storm: Storm) -> None:
     assert all(len(found) == 1 for found in sums.values()), f"copies differ: {sums}"
     assert len(some.rounds()) == some.steps
     assert len(some.shares()) >= some.steps
-    assert set(some.failures) <= storm.cut_servers, some.failures
+    assert set(some.failures) <= storm.silent_servers, some.failures
     assert all(isinstance(failure, BigtrainError) for failure in some.failures.values())
 
 

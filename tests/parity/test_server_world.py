@@ -188,6 +188,22 @@ def test_a_server_is_given_its_blocks_by_several_others() -> None:
         assert not some.failures
 
 
+def test_a_server_that_holds_nothing_is_started_again() -> None:
+    """Workers have nothing for it, and may have reported before they have a link with it."""
+    with world(servers=4, workers=2, steps=40) as some:
+        [idle] = set(range(4)) - {server for spec in specs_of(4, 1) for server in spec.servers}
+        some.start(seconds=0.01)
+        some.wait_version(3)
+        some.kill_server(idle)
+        some.wait_version(some.version + 3)
+        some.server(idle, incarnation=1)
+        some.wait_whole()
+        finish(some)
+        some.wait_servers()
+        assert_as_alone(some)
+        assert not some.failures
+
+
 @pytest.mark.parametrize("servers", [2, 3])
 def test_the_board_is_started_again_within_a_round(servers: int) -> None:
     """It comes back as the youngest before workers have anything to tell: another keeps it."""
