@@ -12,7 +12,7 @@ from bigtrain.comm.mesh import Mesh
 from bigtrain.config.schema import Config
 from bigtrain.engines.seam import Place
 from bigtrain.server.chaos import Chaos
-from bigtrain.server.client import Client
+from bigtrain.server.client import Client, receivers_of
 from bigtrain.server.environment import Environment
 from bigtrain.server.fragments import Fragments
 from bigtrain.server.protocol import THE_END, Who
@@ -61,7 +61,8 @@ class Seat:
 
     def start(self, specs: Sequence[Spec]) -> None:
         """Declare this rank's blocks to servers."""
-        self.client.start(specs)
+        each = all_gather_object(receivers_of(specs), self.mesh.world, "whom ranks push to")
+        self.client.start(specs, set().union(*each) if self.mesh.rank == 0 else ())
         answers = list(self.client.wanted.values())
         self.fills = any(answer["fill"] for answer in answers)
         self.moments: list[str] = answers[0]["moments"]
@@ -74,18 +75,17 @@ class Seat:
 
     def report(self, base: int, totals: torch.Tensor) -> None:
         """Tell the board of this round's part, once servers have it; and take the next turn."""
-        clock, world = self.turn["clock"], self.mesh.world
-        servers = set(self.client.wait_pushed(clock))
-        for others in all_gather_object(servers, world, "servers that have what was pushed"):
-            servers &= others
+        clock = self.turn["clock"]
+        servers = self.client.wait_pushed(clock)
         if self.mesh.rank == 0:
-            self.client.report(clock, base, totals.tolist(), sorted(servers))
+            self.client.report(clock, base, totals.tolist(), servers)
         self.take_turn()
 
     def take_turn(self) -> None:
         known = self.outcome["number"] if self.outcome is not None else 0
         turn = self.client.next_turn(self.turn["clock"]) if self.mesh.rank == 0 else None
         self.turn = all_gather_object(turn, self.mesh.world, "the board's word")[0]
+        self.client.begin(self.turn["clock"])
         self.outcome = self.turn["outcome"]
         self.is_new = self.outcome is not None and self.outcome["number"] > known
 

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +24,11 @@ log = logging.getLogger(__name__)
 
 _CALL_SECONDS = 0.3  # between two tries to reach a server
 _MOST_STEPS = 8  # times the size of parameters that it may take to tell how they have moved
+
+
+def receivers_of(specs: Iterable[Spec]) -> set[tuple[int, tuple[int, ...]]]:
+    """Return the fragments and servers of blocks: which servers gradients go to in a round."""
+    return {(spec.fragment, spec.servers) for spec in specs}
 
 
 @dataclass
@@ -66,6 +71,7 @@ class Client:
         self.chaos = chaos or Chaos([], "worker", who.index, who.incarnation)
         self.wanted: dict[int, dict[str, Any]] = {}  # server -> what it said to what we declared
         self._specs: dict[int, Spec] = {}
+        self._receivers: frozenset[tuple[int, tuple[int, ...]]] = frozenset()  # of our gradients
         self._links: dict[int, Link] = {}
         self._identities: dict[int, str] = {}
         self._dead: set[int] = set()
@@ -89,13 +95,19 @@ class Client:
 
     # -- from the training thread --------------------------------------------------------------
 
-    def start(self, specs: Sequence[Spec]) -> None:
+    def start(
+        self, specs: Sequence[Spec], others: Iterable[tuple[int, tuple[int, ...]]] = ()
+    ) -> None:
         """Declare our blocks to their servers, and return once all have answered (`wanted`).
+
+        others: on rank 0, of each block that other ranks of this worker push, its fragment and
+        servers: it reports for them, too.
 
         Raises:
             CommError: a server cannot be reached, or refuses us.
         """
         self._specs = {spec.key: spec for spec in specs}
+        self._receivers = frozenset({*receivers_of(specs), *others})
         self._loop.start()
         everybody = range(len(self.addresses))
         self._wait(
@@ -172,9 +184,14 @@ class Client:
 
         self._on_loop(go)
 
+    def begin(self, clock: int) -> None:
+        """Take note that the board has told rank 0 to begin a round: the one before is over."""
+        self._on_loop(lambda: self._forget_before(clock))
+
     def wait_pushed(self, clock: int) -> list[int]:
         """Return the servers that have all our gradients of a round: all that we have links with.
-        If the board has gone on without us meanwhile, it does not matter who has.
+        On rank 0, all of this worker's. If the board has gone on without us meanwhile, it does not
+        matter who has.
 
         Raises:
             CommError: no server is left.
@@ -462,11 +479,12 @@ class Client:
         if self._turn is not None and turn["clock"] <= self._turn["clock"]:
             return
         self._turn, self._report = turn, None
-        for clock in [clock for clock in self._pushes if clock < turn["clock"]]:
-            del self._pushes[clock]
-        for clock in [clock for clock in self._have if clock < turn["clock"]]:
-            del self._have[clock]
+        self._forget_before(turn["clock"])
         self._take_alive(turn["alive"])
+
+    def _forget_before(self, clock: int) -> None:
+        self._pushes = {c: pushes for c, pushes in self._pushes.items() if c >= clock}
+        self._have = {c: servers for c, servers in self._have.items() if c >= clock}
 
     def _take_alive(self, alive: Sequence[int]) -> None:
         """Servers that live have changed, or are told again, in the order in which they are to keep
@@ -487,20 +505,21 @@ class Client:
     def _report_again(self, clock: int) -> None:
         """A server has our gradients that had not when we reported: then it counts."""
         report = self._report
-        if report is not None and report["clock"] == clock and self.who.ranks == 1:
+        if report is not None and report["clock"] == clock:
             servers = sorted(self._complete(clock))
             if servers != report["servers"]:
                 self._report = {**report, "servers": servers}
                 self._say_report()
 
-    def _meeting(self, clock: int) -> list[Spec]:
-        """Return the blocks that are pushed for that round."""
+    def _num_pushes(self, clock: int) -> int:
+        """Return how many blocks this rank pushes for that round."""
         meets = self.fragments.meets
-        return [spec for spec in self._specs.values() if meets(spec.fragment, clock)]
+        return sum(meets(spec.fragment, clock) for spec in self._specs.values())
 
     def _complete(self, clock: int) -> set[int]:
         """Return the servers that have all that we push to them, or that we push nothing to."""
-        receive = {server for spec in self._meeting(clock) for server in spec.servers}
+        meets = self.fragments.meets
+        receive = {s for fragment, to in self._receivers if meets(fragment, clock) for s in to}
         idle = set(range(len(self.addresses))) - receive  # one may come only after the report
         return self._have.get(clock, set()) | idle
 
@@ -509,7 +528,7 @@ class Client:
             return True
         if not self._links:
             return False
-        complete = len(self._pushes.get(clock, ())) == len(self._meeting(clock))
+        complete = len(self._pushes.get(clock, ())) == self._num_pushes(clock)
         return complete and self._links.keys() <= self._complete(clock)
 
     def _ask(self, key: int, part: int, pull: _Pull) -> None:

@@ -347,7 +347,7 @@ class Server:
         elif who.role == "server":
             self._obey(header.kind, content, who.index)
         elif header.kind is Kind.PUSH:
-            self._on_push(link, who, header, rows)
+            self._on_push(who, header, rows)
         elif header.kind is Kind.PULL:
             self._on_pull(link, header, content)
         elif header.kind is Kind.LOOKUP:
@@ -386,7 +386,8 @@ class Server:
         if self.table.optimizer is not None and not self.table.knows([s.key for s in mine]):
             raise Malformed("a block that other workers do not have: their layout differs")
         self.table.declare(mine)
-        self._arrivals.expect(who.index, who.rank, mine)
+        for source in self._arrivals.expect(who, mine):
+            self._say_have(who, 0, source[2])
         self.table.rows.expect(who.index, who.ranks)
         ranks = self._declared.setdefault(who.index, set())
         ranks.add(who.rank)
@@ -452,14 +453,22 @@ class Server:
 
     # -- gradients and parameters --------------------------------------------------------------
 
-    def _on_push(self, link: Link, who: Who, header: Header, rows: torch.Tensor | None) -> None:
+    def _on_push(self, who: Who, header: Header, rows: torch.Tensor | None) -> None:
         source = _source(who, header)
         if rows is None and header.key not in self.table.rows.parts:
             self.table.came(source, header.key)
         elif rows is not None and not self._is_old(header.step):
             self.table.rows.take(source, who.rank, header.key, rows)
-        if self._is_old(header.step) or self._arrivals.note(source, who.rank, header.key):
-            link.say(Kind.HAVE, step=header.step)
+        is_old = self._is_old(header.step)
+        ranks = {0, who.rank} if is_old else self._arrivals.note(source, who.rank, header.key)
+        for rank in ranks:
+            self._say_have(who, rank, header.step)
+
+    def _say_have(self, who: Who, rank: int, clock: int) -> None:
+        """Tell a rank of that worker that gradients are here."""
+        link = self._workers.get((who.index, rank))
+        if link is not None and link.who is not None and link.who.incarnation == who.incarnation:
+            link.say(Kind.HAVE, step=clock)
 
     def _on_pull(self, link: Link, header: Header, content: dict[str, Any]) -> None:
         have = number(content, "have") if "have" in content else None

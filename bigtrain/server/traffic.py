@@ -12,30 +12,45 @@ import torch
 
 from bigtrain.server.fragments import Fragments
 from bigtrain.server.link import Link
-from bigtrain.server.protocol import PAGE, STEPS, Header, Kind, Malformed, number
+from bigtrain.server.protocol import PAGE, STEPS, Header, Kind, Malformed, Who, number
 from bigtrain.server.rows import RowTables, unpack_rows
 from bigtrain.server.table import Source, Spec, Table, bytes_of
 
 
 class Arrivals:
-    """Which gradients of a worker's rank are here, of those that it pushes."""
+    """Which gradients of a worker's ranks are here, of those that they push."""
 
     def __init__(self, fragments: Fragments) -> None:
         self._fragments = fragments
         self._due: dict[tuple[int, int], Counter[int]] = {}  # (worker, rank) -> fragment -> blocks
+        self._ranks: dict[int, int] = {}  # of each worker
         self._here: dict[tuple[Source, int], set[int]] = {}  # by source and rank
 
-    def expect(self, worker: int, rank: int, blocks: Iterable[Spec]) -> None:
-        """Take note of what a rank pushes."""
-        self._due[worker, rank] = Counter(block.fragment for block in blocks)
+    def expect(self, who: Who, blocks: Iterable[Spec]) -> list[Source]:
+        """Take note of what a rank pushes; return of what rounds all of its worker's are here."""
+        self._due[who.index, who.rank] = Counter(block.fragment for block in blocks)
+        self._ranks[who.index] = who.ranks
+        its = {s for s, _ in self._here if s[:2] == (who.index, who.incarnation)}
+        return sorted(filter(self._are_all_here, its))
 
-    def note(self, source: Source, rank: int, key: int) -> bool:
-        """A gradient is here; return whether it was the last of that rank."""
-        here = self._here.setdefault((source, rank), set())
-        here.add(key)
-        due = self._due.get((source[0], rank), Counter()).items()
+    def note(self, source: Source, rank: int, key: int) -> set[int]:
+        """A gradient is here; return the ranks that are to know: the one that has pushed it, if it
+        was its last, and rank 0, if it was the last of the worker."""
+        self._here.setdefault((source, rank), set()).add(key)
+        found = {rank} if rank and self._is_here(source, rank) else set()
+        return found | {0} if self._are_all_here(source) else found
+
+    def _is_here(self, source: Source, rank: int) -> bool:
+        due = self._due.get((source[0], rank))
+        if due is None:
+            return False
         meets = self._fragments.meets
-        return len(here) >= sum(n for fragment, n in due if meets(fragment, source[2]))
+        number = sum(n for fragment, n in due.items() if meets(fragment, source[2]))
+        return len(self._here.get((source, rank), ())) >= number
+
+    def _are_all_here(self, source: Source) -> bool:
+        ranks = self._ranks.get(source[0], 0)
+        return ranks > 0 and all(self._is_here(source, rank) for rank in range(ranks))
 
     def forget(self, is_over: Callable[[Source], bool]) -> None:
         for key in [key for key in self._here if is_over(key[0])]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from server_world import TOKEN, World, initial, leaves_nothing, specs_of, wait_for, world
 
-from bigtrain.server.client import Client
+from bigtrain.server.client import Client, receivers_of
 from bigtrain.server.protocol import Kind, Who
 from bigtrain.server.table import bytes_of
 
@@ -103,15 +103,48 @@ def test_a_rank_of_a_worker_loses_its_link_for_a_moment() -> None:
         some.wait_servers()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("server", [0, 1])
+def test_a_rank_of_a_worker_loses_a_link_before_it_pushes(rank: int, server: int) -> None:
+    """Once it is there again the server has all, and the worker's part of the round counts."""
+    with world(servers=2, workers=2, quorum=2, steps=10**6, stall_seconds=60.0) as some:
+        some.worker(0, seconds=0.02)
+        clients, over, turns = two_ranks(some), threading.Event(), []
+        lost: list[int] = []
+
+        def lose(clock: int) -> None:
+            if clock == 4 and not lost:
+                lost.append(clock)
+                loop = clients[rank]._loop
+                loop.call(lambda: clients[rank]._links[server].close("reset"))
+
+        args = (clients, turns, over, lose)
+        thread = threading.Thread(target=take_turns, args=args, daemon=True)
+        thread.start()
+        wait_for("turns", lambda: len(turns) > 8, 20.0)
+        sizes = [len(client._pushes) for client in clients]
+        over.set()
+        thread.join(30.0)
+        for client in clients:
+            client.leave()
+        some.workers[0].leave_at = 0
+        some.wait()
+        some.wait_servers()
+        assert lost
+        assert max(sizes) <= 2, "pushes of rounds that are over are kept"
+
+
 def two_ranks(some: World) -> list[Client]:
-    specs = specs_of(1, 1)
+    servers = len(some.servers)
+    specs = specs_of(servers, 1)
     clients = [
         Client(Who("worker", 1, 0, rank, 2), some.addresses, TOKEN, lease_seconds=1.0)
         for rank in (0, 1)
     ]
+    others = (receivers_of(specs), ())
     starts = [
-        threading.Thread(target=client.start, args=(mine,))
-        for client, mine in zip(clients, (specs[:2], specs[2:]), strict=True)
+        threading.Thread(target=client.start, args=(mine, more))
+        for client, mine, more in zip(clients, (specs[:2], specs[2:]), others, strict=True)
     ]
     for start in starts:
         start.start()
@@ -121,17 +154,26 @@ def two_ranks(some: World) -> list[Client]:
     return clients
 
 
-def take_turns(clients: list[Client], turns: list[int], over: threading.Event) -> None:
-    specs, params = specs_of(1, 1), initial()
+def take_turns(
+    clients: list[Client],
+    turns: list[int],
+    over: threading.Event,
+    before: Callable[[int], None] = lambda clock: None,
+) -> None:
+    params = initial()
+    specs = specs_of(len(clients[0].addresses), 1)
     clock = 0
     while not over.is_set():
         turn = clients[0].next_turn(clock)
         clock = turn["clock"]
         turns.append(clock)
+        clients[1].begin(clock)
+        before(clock)
         for spec, values in zip(specs, params, strict=True):
             clients[int(spec is specs[2])].push(clock, spec.key, bytes_of(values))
-        have = set(clients[0].wait_pushed(clock)) & set(clients[1].wait_pushed(clock))
-        clients[0].report(clock, turn["version"], [1.0, 1.0], sorted(have))
+        clients[1].wait_pushed(clock)
+        have = clients[0].wait_pushed(clock)
+        clients[0].report(clock, turn["version"], [1.0, 1.0], have)
 
 
 def test_a_sum_that_was_told_is_told_again() -> None:
