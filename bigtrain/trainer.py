@@ -487,7 +487,8 @@ class Trainer:
             self.state.consolidate()
             blocks = [*self.state.blocks(), *self.state.errors()]
             further = self.tables.write if self.tables is not None else None
-            where = save(self.checkpoints, state, blocks, self.mesh.world, further)
+            alone = not self.config.server.servers
+            where = save(self.checkpoints, state, blocks, self.mesh.world, further, alone=alone)
         except Overtaken as error:
             log.warning("no checkpoint of step %d was written: %s", self.step, error)
             return None

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from secrets import token_hex
 
 from safetensors.torch import save_file
 
@@ -34,6 +36,8 @@ from bigtrain.comm.mesh import Axis
 from bigtrain.errors import CheckpointError, Overtaken
 from bigtrain.machine import share
 
+_STEP = re.compile(r"step-(\d+)")
+
 Further = Callable[[Path], list[str]]
 """Writes files of its own to a folder, and returns their names."""
 
@@ -44,10 +48,13 @@ def save(
     blocks: Sequence[NamedBlock],
     world: Axis,
     further: Further | None = None,
+    *,
+    alone: bool = True,
 ) -> Path:
     """Save `blocks` and `state` as the checkpoint of `state.step`; every rank calls this.
 
-    further: called on rank 0; what it writes is part of the checkpoint.
+    further: called on rank 0; what it writes is part of the checkpoint. alone: no other process may
+    be about to save in the same folder; else each has a hidden folder of its own.
     Communicates three small gathers over `world`. Returns the checkpoint's folder.
 
     Raises:
@@ -55,10 +62,11 @@ def save(
         Overtaken: the same, if `further` has raised it.
     """
     name = checkpoint_name(state.step)
-    hidden = folder / f".writing-{name}"
     if world.rank == 0:
-        remove_unfinished(folder)
-    all_gather_object(None, world, "start of a checkpoint")
+        remove_unfinished(folder, before=None if alone else state.step)
+    # All know by this that rank 0 has removed what was there.
+    mark = all_gather_object(token_hex(4), world, "start of a checkpoint")[0]
+    hidden = folder / f".writing-{name}-{mark}"
     record = _try_write(hidden, blocks, world.rank, further if world.rank == 0 else None)
     records = all_gather_object(record, world, "gather of what the ranks have written")
     overtaken = [record for record in records if isinstance(record, Overtaken)]
@@ -86,10 +94,15 @@ def save(
     return folder / name
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed run left half-written; published checkpoints are not touched."""
+def remove_unfinished(folder: Path, before: int | None = None) -> None:
+    """Remove what a killed run left half-written; published checkpoints are not touched.
+
+    before: only what is of an earlier step; another may be at work on the rest.
+    """
     for path in folder.glob(".writing-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        step = _STEP.search(path.name)
+        if before is None or step is None or int(step[1]) < before:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def prune(folder: Path, newest_step: int, keep_last: int, keep_every: int | None) -> None:

@@ -138,6 +138,31 @@ def test_remove_unfinished_leaves_the_rest(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-00000001"]
 
 
+@pytest.mark.parametrize("step", [5, 6])
+def test_another_saves_meanwhile(step: int, tmp_path: Path) -> None:
+    """A worker that was cut off while it saved, and its heir: neither harms what the other does."""
+    (tmp_path / ".writing-step-00000004-0123abcd").mkdir()
+    blocks = [whole(name, tensor) for name, tensor in tensors().items()]
+
+    def heir(folder: Path) -> list[str]:
+        save(tmp_path, state(step), blocks, ALONE, alone=False)
+        (folder / "more").write_text("more")
+        return ["more"]
+
+    if step == 5:
+        save(tmp_path, state(5), blocks, ALONE, heir, alone=False)
+        assert (tmp_path / "step-00000005" / "more").is_file()
+    else:  # what is of an earlier step is thought to be left over
+        with pytest.raises(CheckpointError):
+            save(tmp_path, state(5), blocks, ALONE, heir, alone=False)
+    found = find_last_good(tmp_path, ALONE)
+    assert found is not None
+    assert found[0].name == f"step-{step:08d}"
+    assert torch.equal(read_all(found[0])["matrix"], tensors()["matrix"])
+    assert steps(tmp_path) == [step]
+    assert hidden(tmp_path) == []
+
+
 def test_saving_again_replaces(tmp_path: Path) -> None:
     """After a resume the same step comes again."""
     save(tmp_path, state(1), [whole("matrix", torch.zeros(6, 4))], ALONE)
