@@ -142,7 +142,8 @@ class Seat:
             values = None
             if self.mesh.rank == 0:
                 me = [float(worker == self.worker) for worker in everybody]
-                values = self.client.add_up(THE_END, everybody, [*me, float(saved)])
+                offer = [*me, float(saved)]
+                values = self.client.add_up(THE_END, self.turn["version"], everybody, offer)
             values = all_gather_object(values, self.mesh.world, "the end of other workers")[0]
             if values[-1]:
                 return False
@@ -154,8 +155,9 @@ class Seat:
 
     def add_up(self, totals: torch.Tensor, what: str) -> torch.Tensor:
         """Return the sum over the workers of the last round."""
-        name, values = f"{what} after round {self.turn['version']}", None
+        after, values = self.turn["version"], None
         if self.mesh.rank == 0:
-            values = self.client.add_up(name, self.workers, totals.tolist())
+            name = f"{what} after round {after}"
+            values = self.client.add_up(name, after, self.workers, totals.tolist())
         values = all_gather_object(values, self.mesh.world, what)[0]
         return torch.tensor(values, dtype=totals.dtype, device=totals.device)

@@ -107,8 +107,9 @@ class Voice(Protocol):
 
 @dataclass
 class _Sum:
-    """Numbers that are added up over the workers of a round."""
+    """Numbers that are added up over the workers of a round, before they go on to a later one."""
 
+    after: int
     workers: tuple[int, ...]
     offers: dict[int, list[float]] = field(default_factory=dict)
 
@@ -325,6 +326,7 @@ class Board:
         if not isinstance(name, str):
             raise Malformed("an offer without a name")
         workers, values = tuple(whole_numbers(content, "workers")), numbers(content, "values")
+        after = number(content, "after")
         known = self._sums.get(name)
         for others in known.offers.values() if known is not None else ():
             if len(others) != len(values):
@@ -335,7 +337,7 @@ class Board:
         if name == THE_END:  # no round waits for it any more
             self.rounds.lost(worker)
             self._ending.add(worker)
-        self._sums.setdefault(name, _Sum(workers)).offers[worker] = values
+        self._sums.setdefault(name, _Sum(after, workers)).offers[worker] = values
         self._check_sums()
 
     def _check_sums(self) -> None:
@@ -343,7 +345,7 @@ class Board:
             there = {*self.rounds.members, *self._expected, *one.offers}
             if name == THE_END:
                 there |= self._ending
-            due = [w for w in one.workers if w in there]
+            due = [w for w in one.workers if w in there and self._told(w) <= one.after]
             if all(w in one.offers for w in due):
                 del self._sums[name]
                 while len(self._totals) >= _MOST_TOTALS:
@@ -353,6 +355,10 @@ class Board:
                     self._totals[name] = values
                 for worker in one.offers:
                     self.voice.tell(worker, Kind.TOTAL, {"name": name, "values": values})
+
+    def _told(self, worker: int) -> int:
+        """Return the last round that a worker was told the outcome of, as far as is known here."""
+        return self._turns[worker]["version"] if worker in self._turns else 0
 
     # -- guests --------------------------------------------------------------------------------
 
@@ -404,6 +410,7 @@ class Board:
         for turn in self.rounds.turns(now):
             self._turns[turn.worker] = self._turn_message(turn)
             self.voice.tell(turn.worker, Kind.TURN, self._turns[turn.worker])
+        self._check_sums()
 
     def _turn_message(self, turn: Turn) -> dict[str, Any]:
         incarnation = self.rounds.members[turn.worker].incarnation

@@ -276,9 +276,12 @@ class Client:
         assert pull.came is not None
         return pull.came, pull.steps
 
-    def add_up(self, name: str, workers: Sequence[int], values: Sequence[float]) -> list[float]:
-        """Return the sum of `values` over those of `workers` that live (rank 0 only)."""
-        offer = {"name": name, "workers": list(workers), "values": list(values)}
+    def add_up(
+        self, name: str, after: int, workers: Sequence[int], values: Sequence[float]
+    ) -> list[float]:
+        """Return the sum of `values` over those of `workers` that live, and were not told of a
+        later round than `after` without having told theirs (rank 0 only)."""
+        offer = {"name": name, "after": after, "workers": list(workers), "values": list(values)}
 
         def go() -> None:
             self._offer = offer

@@ -184,18 +184,36 @@ def test_a_sum_that_was_told_is_told_again() -> None:
         def late(turn: dict[str, Any]) -> None:
             if turn["version"] == 3:
                 time.sleep(0.7)
-                sums.append(some.workers[0].client.add_up("loss", [0, 1], [1.0]))
+                sums.append(some.workers[0].client.add_up("loss", 3, [0, 1], [1.0]))
 
         def cut(turn: dict[str, Any]) -> None:
             if turn["version"] == 3:
                 threading.Timer(0.2, lambda: some.cut("worker", 1, 2.5)).start()
-                sums.append(some.workers[1].client.add_up("loss", [0, 1], [2.0]))
+                sums.append(some.workers[1].client.add_up("loss", 3, [0, 1], [2.0]))
 
         some.worker(0, busy=late, seconds=0.3)
         some.worker(1, busy=cut)
         some.wait()
     assert sums[0] in ([1.0], [3.0])
     assert len(sums) == 2
+
+
+def test_a_sum_does_not_wait_for_who_has_gone_on() -> None:
+    """Rounds were closed without who waits for it, and another has never heard of its round."""
+    sums: list[tuple[list[float], int]] = []
+    with world(workers=2, quorum=1, steps=20, grace_seconds=0.02) as some:
+
+        def add_up(turn: dict[str, Any]) -> None:
+            if turn["version"] == 3:
+                found = some.workers[0].client.add_up("loss", 3, [0, 1], [1.0])
+                sums.append((found, some.workers[1].version))
+
+        some.worker(0, busy=add_up)
+        some.worker(1, seconds=0.1)
+        some.wait()
+    [(found, version)] = sums
+    assert found == [1.0]
+    assert version < 10, "it was told when the other had left"
 
 
 # -- servers that come back ------------------------------------------------------------------------

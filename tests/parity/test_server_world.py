@@ -1009,7 +1009,7 @@ NAN, INFINITY = float("nan"), float("inf")
 BLOCK = specs_of(1, 1)[0].to_message()
 KEY, NUMEL = BLOCK["key"], BLOCK["numel"]
 REPORT = {"clock": 1, "base": 0, "totals": [1.0, 1.0], "servers": [0]}
-OFFER = {"name": "evaluation", "workers": [0, 1], "values": [1.0]}
+OFFER = {"name": "evaluation", "after": 0, "workers": [0, 1], "values": [1.0]}
 TOO_LARGE = 10**400  # for a float
 
 
@@ -1095,6 +1095,8 @@ BAD_OFFERS: dict[str, Any] = {
     "values that are words": but(OFFER, values=["a"]),
     "values that are a number": but(OFFER, values=1.0),
     "values too large": but(OFFER, values=[TOO_LARGE]),
+    "a round that is a word": but(OFFER, after="a"),
+    "a round that is no number": but(OFFER, after=NAN),
 }
 BAD_BODIES = {
     "no JSON": b"{]",
@@ -1277,7 +1279,7 @@ def test_an_offer_with_other_values_than_all_have() -> None:
 
     def add_up(turn: dict[str, Any]) -> None:
         if turn["clock"] == 1:
-            found.append(some.workers[0].client.add_up("evaluation", [0, 1], [1.0, 2.0]))
+            found.append(some.workers[0].client.add_up("evaluation", 0, [0, 1], [1.0, 2.0]))
 
     with world(workers=2, steps=3, lease=LONG) as some:
         some.worker(0, busy=add_up)
