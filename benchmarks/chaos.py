@@ -4,8 +4,8 @@
 
 Workers and servers are killed, stopped, cut off and slowed down (`--chaos`); those that end come
 back. Prints how both runs ended, and what processes are left: none. (What is to happen to a process
-that is not there at that step does not happen: of 120 events some 100 do. A round that lacks workers
-has fewer tokens, which others read later.)
+that is not there at that step does not happen: of 120 events some 100 do. A round that lacks
+workers has fewer tokens, which others read later.)
 """
 
 from __future__ import annotations
