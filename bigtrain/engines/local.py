@@ -172,7 +172,7 @@ class LocalState:
         self.seat = Seat(mesh, config, env)
         self.meetings = Meetings(path, self.seat)
         blocks = self.meetings.blocks
-        specs = blocks.specs(self.seat.num_servers, config.server.replicas, torch.float32)
+        specs = blocks.specs(self.seat.hosts, config.server.replicas, torch.float32)
         self.seat.start(specs)
         self.clock = LocalClock(self.seat, self.meetings, config.train.global_batch)
         self.clock.fill = self._fill

@@ -53,7 +53,7 @@ class Seat:
             fragments=fragments_of(config),
             chaos=Chaos(env.chaos, "worker", env.worker, env.incarnation),
         )
-        self.num_servers = len(env.addresses)
+        self.hosts = [host for host, _ in env.addresses]  # of the servers
         self.turn: dict[str, Any] = {"clock": 0}
         self.outcome: dict[str, Any] | None = None
         self.is_new = self.inherits = False

@@ -156,15 +156,15 @@ class Served:
         self.blocks_ = make_blocks(path, self.seat)
         self.sync.connect(self.blocks_)
         dtype = self.sync.pulled_into(self.sync.buckets[0]).dtype
-        servers, replicas = self.seat.num_servers, config.server.replicas
+        hosts, replicas = self.seat.hosts, config.server.replicas
         self.tables = Tables(
             tables_of(model),
             self.seat.client,
-            servers=servers,
+            hosts=hosts,
             replicas=replicas,
             seed=config.run.seed,
         )
-        self.seat.start([*self.blocks_.specs(servers, replicas, dtype), *self.tables.specs])
+        self.seat.start([*self.blocks_.specs(hosts, replicas, dtype), *self.tables.specs])
         self.clock = ServedClock(self.seat, self.sync, path, self.tables)
         optimizer = make_row_optimizer(config.server.rows, config.optimizer.lr)
         self.table_files = TableFiles(self.tables, optimizer) if self.tables.names else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -95,7 +95,7 @@ class Tables:
         layers: Mapping[str, ServerEmbedding],
         client: Client,
         *,
-        servers: int,
+        hosts: Sequence[str],
         replicas: int,
         seed: int,
     ) -> None:
@@ -104,7 +104,7 @@ class Tables:
         self.version = 0  # of the rows that are wanted
         self._messages: list[torch.Tensor] = []  # on their way
         for number, (name, layer) in enumerate(sorted(layers.items())):
-            specs = _specs(number, name, layer, servers, replicas, seed)
+            specs = _specs(number, name, layer, hosts, replicas, seed)
             self._tables[name] = _Table(layer, specs)
             layer.connect(name, self)
 
@@ -206,15 +206,15 @@ class Tables:
 
 
 def _specs(
-    number: int, name: str, layer: ServerEmbedding, servers: int, replicas: int, seed: int
+    number: int, name: str, layer: ServerEmbedding, hosts: Sequence[str], replicas: int, seed: int
 ) -> list[RowSpec]:
     """Return the parts of a table: one for each server, or for each row if these are fewer."""
-    parts = min(servers, layer.num_rows)
-    where = place([f"{name}/{part}" for part in range(parts)], [1] * parts, servers, replicas)
+    parts = min(len(hosts), layer.num_rows)
+    where = place([f"{name}/{part}" for part in range(parts)], [1] * parts, hosts, replicas)
     own_seed = (seed * 0x10001 + zlib.crc32(name.encode())) % 2**53
     return [
         RowSpec(
-            key=key_of_part(number, part, servers),
+            key=key_of_part(number, part, len(hosts)),
             name=name,
             num_rows=layer.num_rows,
             size=layer.size,

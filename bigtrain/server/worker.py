@@ -52,10 +52,10 @@ class Blocks:
         meetings = self.client.fragments.meetings
         return [b for b in self.buckets if meetings(self.fragment(b), after, until)]
 
-    def specs(self, servers: int, replicas: int, dtype: torch.dtype) -> list[BlockSpec]:
+    def specs(self, hosts: Sequence[str], replicas: int, dtype: torch.dtype) -> list[BlockSpec]:
         """Return what servers must know of the blocks, and which of them hold each.
 
-        dtype: of the parameters that come back.
+        hosts: of the servers. dtype: of the parameters that come back.
 
         Raises:
             BigtrainError: there are fewer blocks than fragments.
@@ -69,7 +69,7 @@ class Blocks:
             )
         sizes = [bucket.main_grads.numel() for bucket in self.buckets]
         names = [f"{self._rank}/{bucket.index}" for bucket in self.buckets]
-        where = place(names, sizes, servers, replicas)
+        where = place(names, sizes, hosts, replicas)
         found = []
         for bucket, size, holders in zip(self.buckets, sizes, where, strict=True):
             begin = bucket.owned[0]

@@ -82,7 +82,7 @@ def objective(params: list[torch.Tensor]) -> float:
 
 def specs_of(servers: int, replicas: int) -> list[BlockSpec]:
     names = [f"0/{i}" for i in range(len(SIZES))]
-    where = place(names, SIZES, servers, replicas)
+    where = place(names, SIZES, ["here"] * servers, replicas)
     return [
         BlockSpec(key_of(0, i), n, "float32", w, (Stretch("decay", 1, 0, n),))
         for i, (n, w) in enumerate(zip(SIZES, where, strict=True))
@@ -174,7 +174,7 @@ class Worker(threading.Thread):
         self.tables = Tables(
             {"table": self.layer} if world.has_table else {},
             self.client,
-            servers=len(world.servers),
+            hosts=["here"] * len(world.servers),
             replicas=world.replicas,
             seed=1,
         )

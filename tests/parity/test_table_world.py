@@ -36,7 +36,7 @@ def alone(rounds: list[list[tuple[int, int]]]) -> torch.Tensor:
     """Return the table after rounds of these shares of the data, computed in one place."""
     tables = row_tables()
     layer, everything = ServerEmbedding(ROWS, ROW), torch.arange(ROWS)
-    [spec] = Tables({"table": layer}, None, servers=1, replicas=1, seed=1).specs  # type: ignore[arg-type]
+    [spec] = Tables({"table": layer}, None, hosts=["here"], replicas=1, seed=1).specs  # type: ignore[arg-type]
     tables.declare(spec)
     part = tables.parts[spec.key]
     for step, shares in enumerate(rounds):

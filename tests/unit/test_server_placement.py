@@ -11,6 +11,8 @@ from unit_helpers import ROOT
 
 from bigtrain.server.placement import place
 
+HERE = ["here"]  # a host of servers
+
 
 def loads(
     placed: list[tuple[int, ...]], sizes: list[int], servers: int
@@ -32,7 +34,7 @@ def test_equal_blocks_are_shared_out_evenly(servers: int, replicas: int, blocks:
     names, sizes = [f"blocks.{i}" for i in range(blocks)], [1000] * blocks
     copies = min(replicas, servers)
     for load, mean in zip(
-        loads(place(names, sizes, servers, replicas), sizes, servers),
+        loads(place(names, sizes, HERE * servers, replicas), sizes, servers),
         (sum(sizes) * copies / servers, sum(sizes) / servers),
         strict=True,
     ):
@@ -44,7 +46,7 @@ def test_uneven_blocks_are_shared_out_evenly() -> None:
     sizes = [4_000_000] + [1_600_000, 800_000, 2_000, 50] * 24
     names = [f"b{i}" for i in range(len(sizes))]
     for replicas in (1, 2):
-        held, answers = loads(place(names, sizes, 4, replicas), sizes, 4)
+        held, answers = loads(place(names, sizes, HERE * 4, replicas), sizes, 4)
         for load in (held, answers):
             assert max(load) <= 1.1 * sum(load) / 4
 
@@ -55,10 +57,26 @@ def test_copies_are_on_different_servers(servers: int, replicas: int) -> None:
     """More copies than servers are as many as there are servers."""
     rng = random.Random(servers)
     sizes = [rng.randrange(0, 10_000) for _ in range(50)]
-    placed = place([f"b{i}" for i in range(50)], sizes, servers, replicas)
+    placed = place([f"b{i}" for i in range(50)], sizes, HERE * servers, replicas)
     for chosen in placed:
         assert len(set(chosen)) == len(chosen) == min(servers, replicas)
         assert set(chosen) <= set(range(servers))
+
+
+@pytest.mark.parametrize("servers_of", [(2, 2), (1, 1, 1), (3, 1), (1, 2, 3)])
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_copies_are_on_different_hosts(servers_of: tuple[int, ...], replicas: int) -> None:
+    """As far as there are so many; each server of a host has its share."""
+    hosts = [f"host {i}" for i, number in enumerate(servers_of) for _ in range(number)]
+    sizes = [1000] * 60
+    placed = place([f"b{i}" for i in range(60)], sizes, hosts, replicas)
+    for chosen in placed:
+        assert len(set(chosen)) == len(chosen) == min(len(hosts), replicas)
+        assert len({hosts[server] for server in chosen}) == min(len(servers_of), replicas)
+    held, _ = loads(placed, sizes, len(hosts))
+    for host in set(hosts):
+        each = [number for number, its in zip(held, hosts, strict=True) if its == host]
+        assert max(each) - min(each) <= 1000
 
 
 def test_the_order_of_blocks_does_not_matter() -> None:
@@ -68,7 +86,7 @@ def test_the_order_of_blocks_does_not_matter() -> None:
     for _ in range(5):
         rng.shuffle(blocks)
         names, sizes = [name for name, _ in blocks], [size for _, size in blocks]
-        asked[tuple(sorted(zip(names, place(names, sizes, 5, 2), strict=True)))] = True
+        asked[tuple(sorted(zip(names, place(names, sizes, HERE * 5, 2), strict=True)))] = True
     assert len(asked) == 1
 
 
@@ -76,7 +94,7 @@ def test_other_processes_come_to_the_same_answer() -> None:
     """Whatever the seed of their own hashes."""
     script = (
         "from bigtrain.server.placement import place;"
-        "print(place([f'b{i}' for i in range(40)], [100] * 40, 5, 2))"
+        "print(place([f'b{i}' for i in range(40)], [100] * 40, ['here'] * 5, 2))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -86,8 +104,8 @@ def test_other_processes_come_to_the_same_answer() -> None:
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == str(place([f"b{i}" for i in range(40)], [100] * 40, 5, 2))
+    assert done.stdout.strip() == str(place([f"b{i}" for i in range(40)], [100] * 40, HERE * 5, 2))
 
 
 def test_no_blocks() -> None:
-    assert place([], [], 3, 2) == []
+    assert place([], [], HERE * 3, 2) == []
