@@ -30,6 +30,7 @@ _END_SECONDS = 3.0  # that the other ranks of a worker have when one has failed
 _RESTART_SECONDS = 1.0  # before a worker is started again
 _SERVERS_SECONDS = 10.0  # that servers have to end when all workers have
 _ASKED_SECONDS = 0.5  # until they are told to, if workers were: these may not have begun
+_LOSS = "since the last checkpoint is lost with them"  # what a server says that cannot go on
 
 
 @dataclass
@@ -46,6 +47,7 @@ class _Part:
     is_over: bool = False
     start_at: float | None = None  # when it is to be started again
     ended: Ended | None = None  # how it ended, unless well
+    ended_at: float = 0.0
 
     @property
     def who(self) -> str:
@@ -61,6 +63,11 @@ class _Part:
         codes = [rank.code for rank in self.team.ranks]
         lost = any(rank.report.get("consequence") for rank in self.team.ranks)
         return lost or any(code is not None and code < 0 for code in codes)
+
+    @property
+    def tells_of_loss(self) -> bool:
+        """Did it end since nobody has any more what servers are to hold?"""
+        return any(_LOSS in rank.report.get("text", "") for rank in self.team.ranks)
 
 
 class ServedRun:
@@ -235,6 +242,7 @@ class ServedRun:
         except Ended as ended:
             text = self._named(part, str(ended))
             part.ended = Ended(ended.exit_code, text, ended.asked, ended.lost_nodes)
+            part.ended_at = now
         others = [other for other in self._of(part.role) if other.runs]
         if self._asked.numbers:
             return
@@ -270,8 +278,14 @@ class ServedRun:
 
     @property
     def has_lost_servers(self) -> bool:
-        """Did servers end before the workers had done their work?"""
-        return any(part.ended is not None for part in self._of("server"))
+        """Is there no server any more that has what workers need, before their work was done?
+
+        Where others go on without it, the end of a server loses nothing.
+        """
+        servers = self._of("server")
+        ended = any(part.ended is not None for part in servers)
+        none_runs = not any(part.runs for part in servers)
+        return (ended and none_runs) or any(part.tells_of_loss for part in servers if part.ended)
 
     def _end_servers(self) -> None:
         """Servers end when workers have said goodbye; else they are told to."""
@@ -296,15 +310,24 @@ class ServedRun:
         """Return 0 if a worker has seen the run to its end.
 
         Raises:
-            Ended: how the first of those ended that failed; servers come first.
+            Ended: how the last of those ended that failed, since the run went on without those
+                before; of servers, if what they held is lost, or nothing has begun.
         """
-        workers = self._of("worker")
         if self._is_done:
             return 0
         asked = self._asked.numbers
-        ends = [part.ended for part in (*self._of("server"), *workers) if part.ended is not None]
-        orderly = [e for e in ends if asked and e.exit_code == stop_code(asked[0])]
-        raise (orderly or ends)[0]
+        ended = [part for part in self.parts if part.ended is not None]
+        ends = [part.ended for part in ended if part.ended is not None]
+        if orderly := [e for e in ends if asked and e.exit_code == stop_code(asked[0])]:
+            raise orderly[0]
+        role = "server" if self.has_lost_servers or self._cannot_begin else "worker"
+
+        def blame(part: _Part) -> tuple[bool, bool, float]:
+            return part.role == role, not part.tells_of_loss, part.ended_at
+
+        last = max(ended, key=blame).ended
+        assert last is not None
+        raise last
 
 
 def lead_served(

@@ -113,6 +113,23 @@ def test_all_servers_gone_without_a_checkpoint(bench: Bench) -> None:
     run.assert_told("server 0 was ended by SIGKILL", "no checkpoint to go on from")
 
 
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_server_that_was_not_needed_is_not_to_blame(bench: Bench, killed: bool) -> None:
+    """Long after its end all workers end: nothing is lost, and nothing begins anew."""
+    wrong = (SLOW[0], f"model.args={{slow: 0.05{'' if killed else ', nan_from: 25'}}}")
+    options = (*TWO[:3], "server.mode=ssp", "server.restarts=1", *wrong, "checkpoint.every=10")
+    drills = ["kill:server=1,step=5"]
+    if killed:
+        drills += [f"kill:worker={w},step={step}" for step in (15, 40) for w in (0, 1)]
+    chaos = [word for drill in drills for word in ("--chaos", drill)]
+    run = bench.launch(*options, "train.steps=400", *chaos, code=None)
+    run.assert_told("error: worker", "SIGKILL" if killed else "NaN or infinite")
+    assert run.process.returncode == (137 if killed else 1)
+    assert "the run goes on with 1 of 2" in run.err
+    assert "goes on from there" not in run.err, run.shown
+    run.wait_gone()
+
+
 def test_stop_and_resume(bench: Bench) -> None:
     run = bench.start(*SYNC, *SLOW, "train.steps=60", "schedule.kind=constant")
     run.wait_step(10)
