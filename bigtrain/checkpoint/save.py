@@ -1,13 +1,14 @@
 """Write a checkpoint from all ranks, and publish it whole or not at all.
 
-1. Every rank writes its share of the blocks into one hidden folder, flushed to disk and hashed.
-   Of a block that several ranks hold, one writes it; the choice balances bytes.
+1. Rank 0 makes a hidden folder, and every rank writes its share of the blocks there, flushed to
+   disk and hashed. Of a block that several ranks hold, one writes it; the choice balances bytes.
 2. Rank 0 collects what was written. If any rank failed, all raise the same error.
 3. Rank 0 writes the manifest and renames the folder into place: the one moment of publication.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -15,6 +16,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from secrets import token_hex
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -37,6 +39,7 @@ from bigtrain.errors import CheckpointError, Overtaken
 from bigtrain.machine import share
 
 _STEP = re.compile(r"step-(\d+)")
+_REMOVED = ".writing-removed-"  # begins the name of what is being removed
 
 Further = Callable[[Path], list[str]]
 """Writes files of its own to a folder, and returns their names."""
@@ -54,44 +57,60 @@ def save(
     """Save `blocks` and `state` as the checkpoint of `state.step`; every rank calls this.
 
     further: called on rank 0; what it writes is part of the checkpoint. alone: no other process may
-    be about to save in the same folder; else each has a hidden folder of its own.
+    be about to save in the same folder; else each has a hidden folder of its own, which goes when
+    another saves a later step.
     Communicates three small gathers over `world`. Returns the checkpoint's folder.
 
     Raises:
         CheckpointError: on every rank alike, if any rank could not write; nothing is published.
-        Overtaken: the same, if `further` has raised it.
+        Overtaken: the same, if `further` has raised it, or another has saved meanwhile.
     """
     name = checkpoint_name(state.step)
+    hidden = folder / f".writing-{name}-{token_hex(4)}"
+    there: set[Path] = set()  # what others have published before
+    failures: list[str] = []
     if world.rank == 0:
         remove_unfinished(folder, before=None if alone else state.step)
-    # All know by this that rank 0 has removed what was there.
-    mark = all_gather_object(token_hex(4), world, "start of a checkpoint")[0]
-    hidden = folder / f".writing-{name}-{mark}"
-    record = _try_write(hidden, blocks, world.rank, further if world.rank == 0 else None)
-    records = all_gather_object(record, world, "gather of what the ranks have written")
-    overtaken = [record for record in records if isinstance(record, Overtaken)]
-    if overtaken:
-        if world.rank == 0:
-            shutil.rmtree(hidden, ignore_errors=True)
-        raise overtaken[0]
-    failures = [f"rank {rank}: {r}" for rank, r in enumerate(records) if isinstance(r, str)]
-    if not failures and world.rank == 0:
+        there = _published(folder, state.step)
+        failures = _try_make(hidden)
+    # All know by this that rank 0 has removed what was there, and made a folder.
+    chosen = all_gather_object((hidden.name, failures), world, "start of a checkpoint")[0]
+    hidden, failures = folder / chosen[0], chosen[1]
+    records: list[Any] = []
+    if not failures:
+        record = _try_write(hidden, blocks, world.rank, further if world.rank == 0 else None)
+        records = all_gather_object(record, world, "gather of what the ranks have written")
+    overtaken = next((record for record in records if isinstance(record, Overtaken)), None)
+    failures = failures or [f"rank {i}: {r}" for i, r in enumerate(records) if isinstance(r, str)]
+    if not failures and overtaken is None and world.rank == 0:
         tensors, files = _merge(records)
-        failures = _untiled(tensors)
-    if not failures and world.rank == 0:
         manifest = Manifest(state=state, tensors=tensors, files=files)
         manifest.digest = manifest.compute_digest()
-        failures = _try_publish(hidden, folder / name, manifest)
-    failures = all_gather_object(failures, world, "end of a checkpoint")[0]
+        failures = _untiled(tensors) or _try_publish(hidden, folder / name, manifest)
+    if failures and records and not alone and world.rank == 0:
+        # Whoever saves a later step takes away what is of an earlier one: see `remove_unfinished`.
+        is_gone = folder.is_dir() and not hidden.is_dir()
+        if is_gone or not _published(folder, state.step) <= there:
+            overtaken = Overtaken("another worker has saved meanwhile")
+    ending = all_gather_object((failures, overtaken), world, "end of a checkpoint")[0]
+    failures, overtaken = ending
+    if (failures or overtaken) and world.rank == 0:
+        shutil.rmtree(hidden, ignore_errors=True)
+    if overtaken is not None:
+        raise overtaken
     if failures:
-        if world.rank == 0:
-            shutil.rmtree(hidden, ignore_errors=True)
         raise CheckpointError(
             f"the checkpoint of step {state.step} was not written to {folder}",
             why="; ".join(failures),
             mend="make room or fix the folder, then resume from the checkpoint before",
         )
     return folder / name
+
+
+def _published(folder: Path, step: int) -> set[Path]:
+    """Return the checkpoints of this step, and of later ones."""
+    found = [path for number, path in list_checkpoints(folder) if number >= step]
+    return {path for path in found if not path.name.endswith(REPLACED)}
 
 
 def remove_unfinished(folder: Path, before: int | None = None) -> None:
@@ -102,7 +121,8 @@ def remove_unfinished(folder: Path, before: int | None = None) -> None:
     for path in folder.glob(".writing-*"):
         step = _STEP.search(path.name)
         if before is None or step is None or int(step[1]) < before:
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(path)
 
 
 def prune(folder: Path, newest_step: int, keep_last: int, keep_every: int | None) -> None:
@@ -113,10 +133,21 @@ def prune(folder: Path, newest_step: int, keep_last: int, keep_every: int | None
     until_now = [item for item in list_checkpoints(folder) if item[0] <= newest_step]
     for step, path in until_now[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
-            # Renamed first, so that a kill in the middle leaves no half of a published one.
-            hidden = path.with_name(f".writing-removed-{path.name}")
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder that another may be about to publish, or to remove.
+
+    It is renamed first, so that nobody publishes what is left of it, and a kill in the middle
+    leaves no half of a published one.
+    """
+    hidden = path
+    if not path.name.startswith(_REMOVED):
+        hidden = path.with_name(f"{_REMOVED}{path.name.lstrip('.')}-{token_hex(4)}")
+        with contextlib.suppress(FileNotFoundError):  # another was faster
             os.rename(path, hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 _Record = tuple[dict[str, TensorEntry], dict[str, FileEntry]]
@@ -141,8 +172,9 @@ def _try_write(
         tensors.setdefault(block.name, entry).blocks.append(
             BlockEntry(offsets=offsets, sizes=sizes, file=file, key=key)
         )
+    if not hidden.is_dir():
+        return f"{hidden} is not there: run.dir must be shared by all nodes"
     try:
-        hidden.mkdir(parents=True, exist_ok=True)
         files = further(hidden) if further is not None else []
         if mine:
             save_file(payload, hidden / file)
@@ -211,12 +243,20 @@ def _untiled(tensors: dict[str, TensorEntry]) -> list[str]:
     ]
 
 
+def _try_make(hidden: Path) -> list[str]:
+    """Make the folder; return what is wrong."""
+    try:
+        hidden.mkdir(parents=True)
+    except OSError as error:
+        return [f"rank 0: {error}"]
+    return []
+
+
 def _try_publish(hidden: Path, final: Path, manifest: Manifest) -> list[str]:
     missing = [name for name in manifest.files if not (hidden / name).is_file()]
     if missing:
         return [f"rank 0 does not see {', '.join(missing)}: run.dir must be shared by all nodes"]
     try:
-        hidden.mkdir(parents=True, exist_ok=True)
         with open(hidden / MANIFEST, "w", encoding="utf-8") as file:
             file.write(manifest.model_dump_json(indent=1))
             file.flush()

@@ -12,7 +12,7 @@ from unit_helpers import assert_explained
 
 from bigtrain.checkpoint import save as saving
 from bigtrain.checkpoint.load import find_last_good
-from bigtrain.checkpoint.manifest import list_checkpoints, read_manifest
+from bigtrain.checkpoint.manifest import Manifest, list_checkpoints, read_manifest
 from bigtrain.checkpoint.save import prune, remove_unfinished, save
 from bigtrain.errors import CheckpointError, Overtaken
 
@@ -107,10 +107,11 @@ def test_failure_of_one_rank_fails_all(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_that_is_a_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alone", [True, False])
+def test_folder_that_is_a_file(alone: bool, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(CheckpointError) as caught:
-        save_alone(tmp_path / "checkpoints", 1)
+        save(tmp_path / "checkpoints", state(1), [], ALONE, alone=alone)
     assert_explained(caught.value, "checkpoints")
 
 
@@ -153,7 +154,7 @@ def test_another_saves_meanwhile(step: int, tmp_path: Path) -> None:
         save(tmp_path, state(5), blocks, ALONE, heir, alone=False)
         assert (tmp_path / "step-00000005" / "more").is_file()
     else:  # what is of an earlier step is thought to be left over
-        with pytest.raises(CheckpointError):
+        with pytest.raises(Overtaken, match="saved meanwhile"):
             save(tmp_path, state(5), blocks, ALONE, heir, alone=False)
     found = find_last_good(tmp_path, ALONE)
     assert found is not None
@@ -161,6 +162,76 @@ def test_another_saves_meanwhile(step: int, tmp_path: Path) -> None:
     assert torch.equal(read_all(found[0])["matrix"], tensors()["matrix"])
     assert steps(tmp_path) == [step]
     assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_is_overtaken_gives_up_on_all_ranks(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of them was stopped while another took the folder away."""
+    real = saving.save_file
+
+    def late(payload: dict, path: Path) -> None:
+        if path.name == f"rank-{rank:05d}.safetensors":
+            remove_unfinished(tmp_path, before=6)
+        real(payload, path)
+
+    monkeypatch.setattr(saving, "save_file", late)
+    blocks = rows(3)
+    errors = run_threads(
+        monkeypatch,
+        2,
+        lambda axis: save(tmp_path, state(5), [blocks[axis.rank]], axis, alone=False),
+    )
+    assert [type(error) for error in errors] == [Overtaken, Overtaken]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_taken_away_at_publication_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even what was written since."""
+    real = Manifest.model_dump_json
+
+    def late(manifest: Manifest, **how: int) -> str:
+        remove_unfinished(tmp_path, before=6)
+        return real(manifest, **how)
+
+    monkeypatch.setattr(Manifest, "model_dump_json", late)
+    blocks = [whole("w", torch.arange(4.0))]
+    with pytest.raises(Overtaken):
+        save(tmp_path, state(5), blocks, ALONE, alone=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_not_another_saver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though there are later checkpoints: of a run that has gone back, since they are damaged."""
+    save_alone(tmp_path, 7)
+
+    def fill(payload: dict, path: Path) -> None:
+        raise FULL
+
+    monkeypatch.setattr(saving, "save_file", fill)
+    blocks = [whole("w", torch.arange(4.0))]
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save(tmp_path, state(5), blocks, ALONE, alone=False)
+    assert (steps(tmp_path), hidden(tmp_path)) == ([7], [])
+
+
+def test_two_prune_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another has removed meanwhile is gone, and that is all."""
+    for step in range(1, 4):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    real = saving.list_checkpoints
+
+    def late(folder: Path) -> list[tuple[int, Path]]:
+        found = real(folder)
+        (folder / "step-00000001").rmdir()
+        return found
+
+    monkeypatch.setattr(saving, "list_checkpoints", late)
+    prune(tmp_path, 3, 1, None)
+    assert (steps(tmp_path), hidden(tmp_path)) == ([3], [])
 
 
 def test_saving_again_replaces(tmp_path: Path) -> None:
