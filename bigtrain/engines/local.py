@@ -22,6 +22,7 @@ from bigtrain.engines.native import OUTER, NativeState
 from bigtrain.engines.seam import Place
 from bigtrain.engines.seat import Seat
 from bigtrain.engines.served import bring, flats_of, make_blocks
+from bigtrain.errors import CheckpointError
 from bigtrain.optim.optimizer import Optimizer
 from bigtrain.server.environment import Environment
 from bigtrain.server.table import bytes_of
@@ -77,8 +78,9 @@ class Meetings:
 class LocalClock:
     """The clock of such a worker: a round is `local_steps` steps, shared out to fragments."""
 
-    def __init__(self, seat: Seat, meetings: Meetings, batch: int) -> None:
-        self.seat, self.meetings, self.batch = seat, meetings, batch
+    def __init__(self, seat: Seat, meetings: Meetings, config: Config) -> None:
+        self.seat, self.meetings, self.config = seat, meetings, config
+        self.batch = config.train.global_batch
         self.each = seat.server.steps_of_round
         self.has_begun = not seat.fills
         self.fill: Callable[[dict[str, Any]], None] = lambda about: None
@@ -101,6 +103,13 @@ class LocalClock:
         return self.seat.inherits or leads
 
     def go_to(self, step: int, cursor: int) -> None:
+        """Go on after `step`.
+
+        Raises:
+            CheckpointError: no round begins there.
+        """
+        if step % self.each:
+            raise _between_rounds(self.config, step)
         self.step, self.cursor = step, cursor
 
     def begin(self, items_per_sample: int) -> None:
@@ -155,6 +164,26 @@ class LocalClock:
         self.seat.client.leave()
 
 
+def _between_rounds(config: Config, step: int) -> CheckpointError:
+    """Return what to say of a checkpoint in the middle of a round: servers count rounds alone."""
+    server = config.server
+    multiples = (config.train.steps, config.checkpoint.every, config.eval.every)
+    good = (
+        steps
+        for steps in range(server.local_steps, 0, -server.fragments)
+        if step % (steps // server.fragments) == 0 and not any(m % steps for m in multiples)
+    )
+    fits = next(good, None)
+    return CheckpointError(
+        f"no round of server.local_steps = {server.local_steps} begins after step {step}, "
+        "where the last checkpoint is",
+        why=f"rounds begin after multiples of {server.steps_of_round} steps, and the run would go "
+        f"back to step {step - step % server.steps_of_round} with the parameters of step {step}",
+        mend=(f"set server.local_steps={fits}, or " if fits is not None else "")
+        + "go on with server.mode=sync, or without servers, which may begin after any step",
+    )
+
+
 class LocalState:
     """What a checkpoint holds: the worker's own state, and the servers' momentum."""
 
@@ -174,7 +203,7 @@ class LocalState:
         blocks = self.meetings.blocks
         specs = blocks.specs(self.seat.hosts, config.server.replicas, torch.float32)
         self.seat.start(specs)
-        self.clock = LocalClock(self.seat, self.meetings, config.train.global_batch)
+        self.clock = LocalClock(self.seat, self.meetings, config)
         self.clock.fill = self._fill
         self._flats: dict[tuple[int, str], torch.Tensor] = {}
         if self.seat.fills:

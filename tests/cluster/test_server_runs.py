@@ -145,6 +145,19 @@ def test_stop_and_resume(bench: Bench) -> None:
     assert len(again.losses()) == done + 3
 
 
+def test_local_goes_on_only_between_rounds(bench: Bench) -> None:
+    """Else its steps would be counted from where its round began."""
+    common = ("schedule.kind=constant", "eval.samples=0")
+    bench.launch("parallel.dp=2", *common, "train.steps=9")
+    local = (*SYNC[:2], "server.mode=local", *common, "train.steps=18")
+    run = bench.launch(*local, "server.local_steps=6", resume=True, code=1)
+    run.assert_told("local_steps = 6", "after step 9", "back to step 6", "server.local_steps=3,")
+    assert len(run.losses()) == 9
+    run = bench.launch(*local, "server.local_steps=3", resume=True)
+    assert len(run.losses()) == 18
+    run.assert_clean()
+
+
 def test_status(bench: Bench) -> None:
     bench.launch(*SYNC)
     done = subprocess.run(
