@@ -42,6 +42,7 @@ class RunPolicy:
     def __init__(self, config: Config) -> None:
         self.config = config
         self._nominal = 0.0  # items of a step of all workers
+        self._told = 0  # the last round that was told to be skipped
 
     def begin(self, about: Mapping[str, Any]) -> None:
         self._nominal = self.config.train.global_batch * float(about["items_per_sample"])
@@ -64,6 +65,15 @@ class RunPolicy:
     def _meeting(self, closed: Closed, squares: float) -> Update:
         """Return how to move by the mean of how far workers came."""
         count, finite = len(closed.parts), math.isfinite(squares)
+        if not finite and closed.number > self._told:  # asked again if a server is lost meanwhile
+            self._told, each = closed.number, self.config.server.steps_of_round
+            log.warning(
+                "steps %d to %d: what worker(s) %s have sent adds up to NaN or infinity; their "
+                "meeting is skipped, and all go on from the parameters before",
+                (closed.number - 1) * each + 1,
+                closed.number * each,
+                ", ".join(str(part.worker) for part in closed.parts),
+            )
         return Update(self.config.server.outer_lr, float(count), not finite, squares**0.5 / count)
 
     def is_held(self, closed: Closed) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
+from bigtrain.config.schema import Config
 from bigtrain.errors import BigtrainError
-from bigtrain.server.rounds import Report, Rounds, Rules
+from bigtrain.serve import RunPolicy
+from bigtrain.server.rounds import Closed, Part, Report, Rounds, Rules
 from bigtrain.server.shares import Shares
 from bigtrain.server.status import read_status, status_lines, write_status
 
@@ -55,3 +58,19 @@ def test_no_status(content: str | None, tmp_path: Path) -> None:
     with pytest.raises(BigtrainError, match="there is no status") as caught:
         read_status(path)
     assert caught.value.problem.mend
+
+
+def test_a_meeting_that_is_skipped_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Though it is decided again when a server is lost before all have done it."""
+    server = {"servers": 1, "local_steps": 5}
+    policy = RunPolicy(Config.model_validate({"server": server, "parallel": {"dp": 1}}))
+
+    def decide(number: int, squares: float) -> bool:
+        parts = tuple(Part(worker, 0, number, number - 1) for worker in (0, 1))
+        return policy.update(Closed(number, parts, (1.0, 1.0, 0.0, 0.0), 0, 0), squares).skip
+
+    assert [decide(1, 4.0), decide(2, math.inf), decide(2, math.inf)] == [False, True, True]
+    [record] = caplog.records
+    assert "steps 6 to 10: what worker(s) 0, 1 have sent" in record.getMessage()
+    assert [decide(3, 4.0), decide(4, math.nan)] == [False, True]
+    assert len(caplog.records) == 2
