@@ -14,7 +14,7 @@ from bigtrain.engines.seam import Place
 from bigtrain.server.chaos import Chaos
 from bigtrain.server.client import Client, receivers_of
 from bigtrain.server.environment import Environment
-from bigtrain.server.fragments import Fragments
+from bigtrain.server.fragments import Fragments, number_of
 from bigtrain.server.protocol import THE_END, Who
 from bigtrain.server.table import Spec
 
@@ -94,8 +94,8 @@ class Seat:
         clock = self.turn["clock"]
         self._read.setdefault(clock, []).append(samples)
         # Others read what came too late.
-        oldest = clock - self.server.staleness - _MOST_UNTOLD
-        self._read = {c: steps for c, steps in self._read.items() if c >= oldest}
+        oldest = number_of(clock) - self.server.staleness - _MOST_UNTOLD
+        self._read = {c: steps for c, steps in self._read.items() if number_of(c) >= oldest}
 
     def counted(self) -> list[tuple[int, list[list[int]]]]:
         """Return what this rank has read and is in updates, as the board has told since the last

@@ -14,7 +14,7 @@ from typing import Any
 
 from bigtrain.errors import CommError
 from bigtrain.server.chaos import Chaos
-from bigtrain.server.fragments import Fragments
+from bigtrain.server.fragments import Fragments, number_of
 from bigtrain.server.link import Link, Loop
 from bigtrain.server.protocol import PAGE, STEPS, Header, Kind, Malformed, Who
 from bigtrain.server.rows import PAGE_BYTES
@@ -196,7 +196,7 @@ class Client:
         Raises:
             CommError: no server is left.
         """
-        for event in self.chaos.due(clock) if self.who.rank == 0 else ():
+        for event in self.chaos.due(number_of(clock)) if self.who.rank == 0 else ():
             self._loop.suffer(event)
         self._wait("servers to have our gradients", lambda: self._has_arrived(clock))
         return sorted(self._complete(clock))

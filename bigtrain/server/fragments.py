@@ -8,6 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ANEW = 1 << 32  # from a clock to the next one of the same round
+
+
+def number_of(clock: int) -> int:
+    """Return the round that a worker's clock is of: workers that are left alone with one that they
+    have begun, and of which nothing can come any more, begin it anew, with a clock of its own."""
+    return clock % ANEW
+
 
 @dataclass(frozen=True)
 class Fragments:
@@ -21,7 +29,8 @@ class Fragments:
     whole: tuple[int, ...] = ()
 
     def meets(self, fragment: int, number: int) -> bool:
-        """Does that fragment meet in round `number`, from 1 on?"""
+        """Does that fragment meet in round `number`, from 1 on? Or in that of such a clock."""
+        number = number_of(number)
         return (
             self.count == 1
             or (number - 1) % self.count == fragment

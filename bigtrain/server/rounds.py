@@ -12,15 +12,21 @@ ssp: the same, but a worker may be `staleness` rounds ahead of the one that is o
 async: with each report, by that worker alone; it goes on once its own round is closed.
 
 Of each round one worker speaks, and no other closes before that worker has been told of it.
+
+What a worker had begun for a round that has closed without it is read by others at once.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bigtrain.server.fragments import ANEW, number_of
 from bigtrain.server.shares import Share, Shares
+
+log = logging.getLogger(__name__)
 
 Mode = Literal["sync", "ssp", "async"]
 
@@ -31,8 +37,9 @@ class Rules:
 
     workers: that are meant to be. quorum: how many make up a round at least, if so many are there.
     grace_seconds: what the others have from then on; None: a tenth of what it has taken.
-    stall_seconds: after which nobody is waited for. join_seconds: how long the first round waits
-    for all workers. staleness: of ssp. last: the round after which none closes.
+    stall_seconds: after the first report of a round, nobody is waited for any more. join_seconds:
+    how long the first round waits for all workers. staleness: of ssp. last: the round after which
+    none closes.
     """
 
     mode: Mode
@@ -70,7 +77,12 @@ class Member:
     wants_turn: bool = True
     late: bool = False  # was the last of its rounds too late?
     stalled: bool = False  # is it not waited for, as long as it says nothing?
+    overtaken: float | None = None  # async: since when one that began later is in an update
     reports: dict[int, Report] = field(default_factory=dict)
+
+    @property
+    def computes(self) -> bool:
+        return self.counted < self.clock and self.clock not in self.reports
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,7 @@ class Rounds:
         self.most_stale = 0
         self._last: dict[int, tuple[Report, Share]] = {}  # of the round that was closed last
         self._first_ready: float | None = None
+        self._since: tuple[int, float] | None = None  # the open clock, and when it had a report
         self._grace_until: float | None = None  # once the open round has its quorum
         self._servers: frozenset[int] | None = None  # that lived when we last looked
 
@@ -186,7 +199,8 @@ class Rounds:
         if report.clock != member.clock:
             return  # of a turn that it has not: its link was cut, and it was given up
         member.wants_turn, member.stalled = True, False
-        if self.rules.mode != "async" and report.clock <= self.passed:
+        passed = self.rules.mode != "async" and report.clock <= self.passed
+        if passed or (worker, report.clock) not in self.shares.out:  # others read that
             self.shares.give_back(worker, report.clock)
             member.counted, member.late = report.clock, True
         else:
@@ -204,7 +218,7 @@ class Rounds:
         A report counts once all of them have what it tells of.
         """
         self._servers = living = frozenset(servers)
-        if self._is_over or self._waits_for_speaker(now):
+        if self._is_over or self._is_untold(now):
             return None
         number = clock = self.version + 1
         have = {
@@ -216,9 +230,10 @@ class Rounds:
         else:
             clock = self._open()
             chosen = {w: reports[clock] for w, reports in have.items() if clock in reports}
-            if not self._is_time(clock, chosen, now):
-                return None
-        if not chosen:
+        self._note_since(clock, chosen, now)
+        if not chosen or self._is_held(clock, chosen, now):
+            return None
+        if self.rules.mode != "async" and not self._is_time(clock, chosen, now):
             return None
         self._last = {}
         for worker, report in chosen.items():
@@ -230,9 +245,11 @@ class Rounds:
             member.counted = report.clock
             self.shares.used(worker, report.clock)
         self.version, self.passed = number, clock
-        self.holder, self._held_until, self._grace_until = None, None, None
+        self.holder, self._held_until, self._grace_until, self._since = None, None, None, None
         if self.rules.mode != "async":
             self._give_up_late()
+        else:
+            self._note_overtaken(next(iter(chosen)), now)
         parts = tuple(
             Part(worker, self.members[worker].incarnation, r.clock, r.base)
             for worker, r in chosen.items()
@@ -264,13 +281,27 @@ class Rounds:
         """Return the first that can be told at once: others are at work on a later round."""
         return next((w for w in workers if self.members[w].wants_turn), workers[0])
 
-    def _waits_for_speaker(self, now: float) -> bool:
-        """Would the speaker of the last round not hear of it, or not have the time to save it?"""
+    def _is_untold(self, now: float) -> bool:
+        """Would the speaker of the last round not hear of it?"""
         untold = self.members.get(self._untold) if self._untold is not None else None
-        if untold is not None and now - self._untold_since < self.rules.stall_seconds:
-            return True
-        holder = self.members.get(self.holder) if self.holder is not None else None
-        return holder is not None and not holder.wants_turn and holder.clock == self._held_until
+        return untold is not None and now - self._untold_since < self.rules.stall_seconds
+
+    def _note_since(self, clock: int, chosen: Collection[int], now: float) -> None:
+        """Note since when the open round has had a report that counts."""
+        if not chosen:
+            self._since = None
+        elif self._since is None or self._since[0] != clock:
+            self._since = clock, now
+
+    def _stalls(self, now: float) -> bool:
+        return self._since is not None and now - self._since[1] >= self.rules.stall_seconds
+
+    def _note_overtaken(self, worker: int, now: float) -> None:
+        """Note whom a worker was faster than that is in an update, and began no sooner."""
+        began = self.members[worker].began
+        for member in self.members.values():
+            if member.computes and member.began <= began and member.overtaken is None:
+                member.overtaken = now
 
     def _earliest(self, have: Mapping[int, Mapping[int, Report]]) -> dict[int, Report]:
         """Return the report of who has waited longest."""
@@ -297,40 +328,94 @@ class Rounds:
         members = self.members.values()
         clocks = [clock for m in members for clock in m.reports]
         clocks += [m.clock for m in members if m.counted < m.clock]
+        if self.rules.mode == "sync" or (self.rules.mode == "ssp" and not self.rules.staleness):
+            return self._open_in_step(clocks)
         return max(self.passed + 1, min(clocks or [m.clock + 1 for m in members], default=0))
 
+    def _open_in_step(self, begun: Collection[int]) -> int:
+        """The same, where nobody is ahead: of the round's own number (see `number_of`), by which
+        workers and servers know what meets in it."""
+        number, clocks = self.version + 1, [m.clock for m in self.members.values()]
+        open_ones = [c for c in begun if c > self.passed and number_of(c) == number]
+        if open_ones:
+            return max(open_ones)
+        first = max([self.passed + 1, *(c - number_of(c) + number for c in clocks)])
+        return first if not clocks or min(clocks) < first else first + ANEW
+
     def _is_time(self, clock: int, chosen: Collection[int], now: float) -> bool:
-        if not chosen or (self.holder is not None and self._is_held(clock, chosen)):
-            return False
         there = {w: m for w, m in self.members.items() if not m.stalled}
         busy = {w: m for w, m in there.items() if w not in chosen and m.counted < m.clock}
         owing = [w for w, m in busy.items() if m.clock == clock]
         behind = [w for w, m in busy.items() if m.clock < clock]
         if not owing and not behind:
             return True
-        first = min(self.members[worker].began for worker in chosen)
-        if now - first >= self.rules.stall_seconds:
+        if self._stalls(now):
             for member in busy.values():
                 member.stalled = not member.reports
+            names, waited = ", ".join(map(str, busy)), self.rules.stall_seconds
+            log.warning(
+                "round %d goes on without worker(s) %s: others have waited %g s for them",
+                self.version + 1,
+                names,
+                waited,
+            )
             return True
         if len(chosen) < min(self.rules.quorum, len(there)):
             self._grace_until = None  # it may have had one, and lost a worker since
             return False
         if self._grace_until is None:
             given = self.rules.grace_seconds
+            first = min(self.members[worker].began for worker in chosen)
             self._grace_until = now + ((now - first) / 10 if given is None else given)
         return not owing or now >= self._grace_until
 
     def _servers_have(self, report: Report) -> bool:
         return self._servers is not None and report.servers >= self._servers
 
-    def _is_held(self, clock: int, chosen: Collection[int]) -> bool:
-        """Is the holder not among them, though it can be?"""
-        assert self.holder is not None
-        member = self.members.get(self.holder)
-        if self.holder in chosen or member is None:
+    def _is_held(self, clock: int, chosen: Collection[int], now: float) -> bool:
+        """Is there one that saves the last round's result, and has not stood still in that?"""
+        member = self.members.get(self.holder) if self.holder is not None else None
+        if member is None or not self._holds(member, clock, chosen):
             return False
-        return clock in member.reports or (member.counted < clock and member.clock <= clock)
+        if not self._stalls(now):
+            return True
+        log.warning(
+            "worker %d has not come back from its checkpoint after round %d: others have waited "
+            "%g s, and go on without it",
+            self.holder,
+            self.version,
+            self.rules.stall_seconds,
+        )
+        self.holder = self._held_until = None
+        return False
+
+    def _holds(self, holder: Member, clock: int, chosen: Collection[int]) -> bool:
+        """Does it have its turn and no report yet; or is it not among them, though it can be?"""
+        if not holder.wants_turn and holder.clock == self._held_until:
+            return True
+        if self.rules.mode == "async" or self.holder in chosen:
+            return False
+        return clock in holder.reports or (holder.counted < clock and holder.clock <= clock)
+
+    def _give_back_passed(self, now: float) -> None:
+        """Let others read what rounds have closed without, and will not have any more; else the
+        cursor would stand still where a slow worker is, or one that hangs."""
+        if self.rules.mode != "async":
+            for worker, clock in [key for key in self.shares.out if key[1] <= self.passed]:
+                self.shares.give_back(worker, clock)
+            return
+        for worker, member in self.members.items():
+            since = member.overtaken
+            waited = now - since if member.computes and since is not None else 0.0
+            if waited >= self.rules.stall_seconds and not member.stalled:
+                member.stalled = True
+                self.shares.give_back(worker, member.clock)
+                log.warning("others read what worker %d began %g s ago", worker, now - member.began)
+
+    def _keeps_up(self, member: Member) -> bool:
+        """Does it read its own share of the next steps?"""
+        passed = self.rules.mode != "async" and member.clock <= self.passed
+        return not member.stalled and not (passed and member.computes)
 
     def turns(self, now: float) -> list[Turn]:
         """Return what workers are to do that have nothing to do, and may go on."""
@@ -341,6 +426,7 @@ class Rounds:
             if not (enough or over):
                 return []
             self.began = True
+        self._give_back_passed(now)
         first = self._open()
         furthest = first + (self.rules.staleness if self.rules.mode == "ssp" else 0)
         ended, alone = self._is_over, self.rules.mode == "async"
@@ -357,7 +443,9 @@ class Rounds:
                 self._untold = None
                 self._held_until = clock if worker == self.holder else None
             member.clock, member.began, member.wants_turn = clock, now, False
-            share = self.shares.take(worker, clock, self.members, member.late)
+            member.overtaken = None
+            there = [w for w, m in self.members.items() if self._keeps_up(m)]
+            share = self.shares.take(worker, clock, there, member.late)
             member.late = False
             given.append(Turn(worker, clock, share))
         if given:
@@ -389,7 +477,7 @@ class Rounds:
         """Return how workers are, for people."""
         workers = {
             str(worker): {
-                "round": member.clock,
+                "round": number_of(member.clock),
                 "incarnation": member.incarnation,
                 "computes": member.counted < member.clock and not member.reports,
                 "seconds": round(now - member.began, 2),
@@ -403,7 +491,23 @@ class Rounds:
             "num_returned": self.shares.num_returned,
             "num_workers": self.rules.workers,
             "workers": workers,
+            "waits_for": {str(worker): what for worker, what in self.awaited().items()},
         }
+
+    def awaited(self) -> dict[int, str]:
+        """Return whom those wait for that have reported the open round, and for what of theirs."""
+        if self._since is None:
+            return {}
+        clock, found = self._since[0], {}
+        for worker, member in sorted(self.members.items()):
+            report = member.reports.get(clock)
+            here = member.computes if report is None else not self._servers_have(report)
+            owes = self.rules.mode != "async" and member.clock <= clock and here
+            if worker == self.holder and not member.wants_turn:
+                found[worker] = "a checkpoint"
+            elif owes and not member.stalled:
+                found[worker] = f"round {self.version + 1}"
+        return found
 
     def again_in(self, now: float) -> float | None:
         """Return after how many seconds `close` or `turns` may say something else by itself."""
@@ -414,7 +518,6 @@ class Rounds:
             ends.append(self._grace_until)
         if self._untold is not None:
             ends.append(self._untold_since + self.rules.stall_seconds)
-        reported = [m.began for m in self.members.values() if m.reports]
-        if reported:
-            ends.append(min(reported) + self.rules.stall_seconds)
+        if self._since is not None:
+            ends.append(self._since[1] + self.rules.stall_seconds)
         return min((end - now for end in ends if end > now), default=None)

@@ -16,7 +16,7 @@ from bigtrain.errors import BigtrainError, CommError
 from bigtrain.server.board import Board, Policy
 from bigtrain.server.chaos import Chaos
 from bigtrain.server.coding import Coding
-from bigtrain.server.fragments import Fragments
+from bigtrain.server.fragments import Fragments, number_of
 from bigtrain.server.guests import Admission, Guests
 from bigtrain.server.link import Link, Loop
 from bigtrain.server.peers import Peers
@@ -313,7 +313,8 @@ class Server:
         if header.kind is Kind.LOOKUP:
             return self._rows.room(link, header)
         is_old = self._is_old(header.step)
-        if not is_old and header.step > self.version + _MOST_AHEAD + self.setup.rules.staleness:
+        most = self.version + _MOST_AHEAD + self.setup.rules.staleness
+        if not is_old and number_of(header.step) > most:
             raise Malformed(f"a gradient of round {header.step}, after round {self.version}")
         if header.key in self.table.rows.parts:
             return self._rows.room(link, header)
@@ -327,7 +328,7 @@ class Server:
         return self.table.room_for_values(header.key, header.part)
 
     def _is_old(self, clock: int) -> bool:
-        return self.setup.rules.mode != "async" and clock <= self.version
+        return self.setup.rules.mode != "async" and number_of(clock) <= self.version
 
     def frame(self, link: Link, header: Header, content: dict[str, Any]) -> None:
         who, rows = link.who, self._rows.came(link)

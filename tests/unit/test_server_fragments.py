@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bigtrain.server.fragments import Fragments
+from bigtrain.server.fragments import ANEW, Fragments, number_of
 
 
 def meeting(fragments: Fragments, number: int) -> list[int]:
@@ -31,3 +31,15 @@ def test_all_meet_where_they_are_to() -> None:
     everybody = [n for n in range(1, 25) if meeting(fragments, n) == [0, 1, 2]]
     assert everybody == [4, 8, 10, 12, 16, 20, 24]
     assert fragments.meetings(1, 3, 6) == 2  # in 4, with all, and in 5
+
+
+@pytest.mark.parametrize("fragments", [Fragments(), Fragments(3), Fragments(4, (10, 0, 6))])
+def test_a_round_that_is_begun_anew_has_the_same(fragments: Fragments) -> None:
+    """Workers and servers know it by the clock; what was updated, by the number of the round."""
+    for number in range(1, 40):
+        for clock in (number, ANEW + number, 5 * ANEW + number):
+            assert number_of(clock) == number
+            assert meeting(fragments, clock) == meeting(fragments, number)
+            for fragment in range(fragments.count):
+                meetings = fragments.meetings(fragment, clock - 1, clock)
+                assert meetings == fragments.meets(fragment, number)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bigtrain.server.fragments import ANEW, number_of
 from bigtrain.server.rounds import Closed, Mode, Part, Report, Rounds, Rules, Turn
 from bigtrain.server.shares import Share, Shares
 
@@ -184,14 +185,15 @@ def test_what_comes_too_late_is_given_back() -> None:
         say(rounds, worker)
     rounds.close(0.0, BOTH)
     close(rounds, 1.0)
-    rounds.turns(1.0)
+    assert rounds.shares.cursor == 0
+    first, second = rounds.turns(1.0)
+    assert (first.share, second.share) == (Share(0, 1), Share(BATCH, 2)), "others read that at once"
     say(rounds, 1, clock=1)
-    assert rounds.shares.returned == [Share(0, 1)]
     assert rounds.turns(1.0) == [Turn(1, 2, Share(BATCH, 1))], "for the round that is open"
     for worker in (0, 1, 2):
         say(rounds, worker)
     assert close(rounds, 1.0).workers == (0, 1, 2)
-    assert rounds.turns(1.0)[0].share == Share(0, 1), "who is next reads what was too late"
+    assert (rounds.shares.num_returned, rounds.shares.returned) == (1, [])
 
 
 def test_what_not_all_servers_have_in_time_is_given_back() -> None:
@@ -309,10 +311,10 @@ def test_the_only_one_that_is_left_goes_on() -> None:
     for worker in (0, 2):
         rounds.lost(worker)
     (turn,) = rounds.turns(1.0)
-    assert (turn.worker, turn.clock) == (1, 2)
+    assert (turn.worker, turn.clock) == (1, ANEW + 1), "it begins that round anew"
     say(rounds, 1)
     closed = close(rounds, 1.0)
-    assert (closed.number, closed.parts) == (1, (Part(1, 0, 2, 0),))
+    assert (closed.number, closed.parts) == (1, (Part(1, 0, ANEW + 1, 0),))
     rounds.ready(0, 1, 1.0)
     for number in (2, 3):
         for turn in rounds.turns(1.0):
@@ -321,20 +323,121 @@ def test_the_only_one_that_is_left_goes_on() -> None:
     assert closed.staleness == 0
 
 
-def test_nobody_is_waited_for_for_ever() -> None:
+def test_nobody_is_waited_for_for_ever(caplog: pytest.LogCaptureFixture) -> None:
     rounds = begun(3, now=10.0, stall_seconds=50.0)
     assert rounds.close(1000.0, BOTH) is None, "but somebody must have reported"
     say(rounds, 1)
-    assert rounds.close(59.9, BOTH) is None
-    assert close(rounds, 60.0).workers == (1,)
-    assert [(turn.worker, turn.clock) for turn in rounds.turns(60.0)] == [(1, 2)]
+    assert rounds.close(1000.0, BOTH) is None
     say(rounds, 1)
-    assert close(rounds, 60.0).workers == (1,), "who has stalled is not waited for again"
+    assert rounds.close(1049.9, BOTH) is None, "from the first report on"
+    assert close(rounds, 1050.0).workers == (1,)
+    assert caplog.text.count("round 1 goes on without worker(s) 0, 2") == 1
+    assert [(turn.worker, turn.clock) for turn in rounds.turns(1050.0)] == [(1, 2)]
+    say(rounds, 1)
+    assert close(rounds, 1050.0).workers == (1,), "who has stalled is not waited for again"
     for worker in (0, 2):
         say(rounds, worker)
-    assert len(rounds.turns(61.0)) == 3
+    assert len(rounds.turns(1061.0)) == 3
     say(rounds, 1)
-    assert rounds.close(61.0, BOTH) is None, "until it says something"
+    assert rounds.close(1061.0, BOTH) is None, "until it says something"
+    assert len(caplog.records) == 1
+
+
+def test_how_long_a_round_takes_is_nobodys_fault() -> None:
+    """In local it may be longer than anybody is waited for."""
+    rounds = begun(4, quorum=3, grace_seconds=None, stall_seconds=50.0)
+    now = 0.0
+    for number in range(1, 4):
+        for worker, late in enumerate((0.0, 3.0, 6.0, 10.0)):
+            say(rounds, worker)
+            assert (rounds.close(now + 300.0 + late, BOTH) is None) == (worker < 3)
+        assert rounds.version == number
+        now += 310.0
+        rounds.turns(now)
+    assert rounds.shares.num_returned == 0
+
+
+def test_the_wait_begins_with_a_report_that_counts() -> None:
+    rounds = begun(3, stall_seconds=50.0)
+    say(rounds, 0, servers={0})
+    assert rounds.close(100.0, BOTH) is None
+    assert rounds.again_in(100.0) is None
+    say(rounds, 0)
+    assert rounds.close(120.0, BOTH) is None
+    say(rounds, 0)  # again
+    say(rounds, 1, servers={0})
+    assert rounds.close(130.0, BOTH) is None
+    rounds.lost(0)
+    assert rounds.close(169.0, BOTH) is None, "nobody has"
+    say(rounds, 1)
+    assert rounds.close(175.0, BOTH) is None
+    rounds.lost(2)
+    rounds.ready(0, 1, 180.0)
+    rounds.turns(180.0)
+    assert rounds.close(224.0, BOTH) is None
+    assert close(rounds, 225.0).workers == (1,)
+
+
+def test_a_round_that_is_opened_again_is_waited_for_as_long() -> None:
+    rounds = begun(2, stall_seconds=50.0)
+    say(rounds, 0)
+    assert rounds.close(100.0, BOTH) is None
+    say(rounds, 1)
+    rounds.reopen(close(rounds, 140.0))
+    rounds.ready(1, 1, 145.0)
+    rounds.turns(145.0)
+    assert rounds.close(145.0, BOTH) is None
+    assert rounds.close(194.0, BOTH) is None
+    assert close(rounds, 195.0).workers == (0,)
+
+
+@pytest.mark.parametrize("mode", ["sync", "ssp", "async"])
+def test_the_cursor_moves_past_a_worker_that_hangs(mode: Mode) -> None:
+    """A run that is resumed reads what is behind it again."""
+    world = World.of(Rules(mode, 3, 2, 0.0, stall_seconds=20.0, staleness=2))
+    for tick in range(600):
+        world.now = float(tick)
+        world.go_on()
+        world.check_shares()
+        for index, worker in world.workers.items():
+            if worker.turn is not None and (index < 2 or tick == 500):
+                world.push(index, BOTH)
+    shares = world.rounds.shares
+    assert shares.cursor >= BATCH * (sum(world.used.values()) / 3 - (8 if mode == "ssp" else 4))
+    assert sum(part.worker == 2 for part in parts_of(world)) == 0, "what it did came too late"
+    assert world.workers[2].turn is not None
+    assert world.workers[2].turn.clock > 100, "it may go on"
+
+
+def parts_of(world: World) -> list[Part]:
+    return [part for closed in world.log if isinstance(closed, Closed) for part in closed.parts]
+
+
+@pytest.mark.parametrize(("mode", "most"), [("sync", 3), ("ssp", 12)])
+def test_the_cursor_moves_past_a_worker_that_is_slow(mode: Mode, most: int) -> None:
+    """Its rounds are over when it comes; others have read what it did."""
+    world = World.of(Rules(mode, 4, 3, 0.0, stall_seconds=1000.0, staleness=2))
+    for tick in range(400):
+        world.now = float(tick)
+        world.go_on()
+        world.check_shares()
+        for index, worker in world.workers.items():
+            if worker.turn is not None and (index < 3 or tick % 40 == 39):
+                world.push(index, BOTH)
+        assert world.rounds.shares.num_ahead <= most
+    assert sum(world.used.values()) > 1000
+
+
+def test_a_round_that_is_opened_again_may_have_who_was_too_slow_for_it() -> None:
+    rounds = begun(3, quorum=2, grace_seconds=0.0)
+    for worker in (0, 1):
+        say(rounds, worker)
+    rounds.reopen(close(rounds))
+    rounds.lost(0)
+    assert rounds.close(0.0, BOTH) is None
+    say(rounds, 2)
+    assert close(rounds).workers == (1, 2)
+    assert rounds.shares.returned == [Share(0, 0)]
 
 
 def test_no_round_closes_without_its_holder() -> None:
@@ -351,6 +454,51 @@ def test_no_round_closes_without_its_holder() -> None:
     rounds.turns(1000.0)
     say(rounds, 1)
     assert close(rounds, 1000.0).workers == (1,), "it held one round"
+
+
+@pytest.mark.parametrize("mode", ["sync", "ssp", "async"])
+def test_a_holder_is_not_waited_for_for_ever(mode: Mode, caplog: pytest.LogCaptureFixture) -> None:
+    """It hangs in its checkpoint; that of others counts from their first report on."""
+    rounds = begun(3, mode, quorum=2, grace_seconds=0.0, stall_seconds=50.0)
+    for worker in (0, 1, 2):
+        say(rounds, worker)
+    closed = close(rounds)
+    rounds.hold(closed.speaker)
+    assert closed.speaker == 0
+    rounds.turns(0.0)
+    for worker in (1, 2):
+        say(rounds, worker)
+    assert rounds.close(1000.0, BOTH) is None
+    assert rounds.awaited() == {0: "a checkpoint"}
+    assert rounds.status(1000.0)["waits_for"] == {"0": "a checkpoint"}
+    assert rounds.again_in(1000.0) == 50.0
+    assert rounds.close(1049.0, BOTH) is None
+    assert 0 not in close(rounds, 1050.0).workers
+    assert caplog.text.count("worker 0 has not come back from its checkpoint after round 1") == 1
+    rounds.turns(1050.0)
+    for worker in (1, 2):
+        say(rounds, worker)
+    assert 0 not in close(rounds, 1050.0).workers
+    say(rounds, 0, clock=2)
+    told = [turn.worker for turn in rounds.turns(1051.0)]
+    while rounds.close(1051.0, BOTH):
+        told += [turn.worker for turn in rounds.turns(1051.0)]
+    assert 0 in told, "it has come back"
+
+
+def test_whom_a_round_waits_for() -> None:
+    rounds = begun(3)
+    assert rounds.awaited() == {}
+    say(rounds, 0)
+    say(rounds, 2, servers={0})
+    assert rounds.close(1.0, BOTH) is None
+    assert rounds.awaited() == {1: "round 1", 2: "round 1"}
+    say(rounds, 2)
+    assert rounds.close(1.0, BOTH) is None
+    assert rounds.awaited() == {1: "round 1"}
+    say(rounds, 1)
+    close(rounds, 1.0)
+    assert rounds.awaited() == {}
 
 
 def test_a_holder_that_is_lost_holds_nothing() -> None:
@@ -433,6 +581,7 @@ def test_a_report_counts_by_itself() -> None:
     rounds = begun(2, "ssp", staleness=3)
     say(rounds, 0, clock=1, servers={0})
     rounds.members[0].clock = 2
+    rounds.shares.take(0, 2, [0, 1])
     say(rounds, 0, clock=2)
     say(rounds, 1)
     closed = rounds.close(0.0, BOTH)
@@ -796,6 +945,24 @@ def test_a_board_that_knows_of_no_round() -> None:
     assert other.shares.to_message()["next"] == rounds.shares.to_message()["next"]
 
 
+def test_who_has_begun_a_round_anew_takes_part_in_later_ones() -> None:
+    """Though a new board does not know of that."""
+    rounds = begun(2)
+    for worker in (0, 1):
+        say(rounds, worker)
+    close(rounds)
+    message = as_json(rounds)
+    other = rounds_of(2)
+    other.take_up(message)
+    other.ready(0, 0, 0.0, after=ANEW + 2)
+    other.ready(1, 1, 0.0)
+    assert [(turn.worker, turn.clock) for turn in other.turns(0.0)] == [(1, ANEW + 2)]
+    say(other, 1)
+    assert close(other).number == 2
+    assert [(t.worker, t.clock) for t in other.turns(0.0)] == [(0, ANEW + 3), (1, ANEW + 3)]
+    assert other.status(0.0)["workers"]["0"]["round"] == 3
+
+
 # -- time --------------------------------------------------------------------------------------
 
 
@@ -811,7 +978,7 @@ def test_when_to_look_again() -> None:
     assert rounds.again_in(8.0) is None, "there is nothing to wait for but reports"
     say(rounds, 0)
     assert rounds.close(9.0, BOTH) is None
-    assert rounds.again_in(9.0) == 49.0
+    assert rounds.again_in(9.0) == 50.0
     say(rounds, 1)
     assert rounds.close(10.0, BOTH) is None
     assert rounds.again_in(10.25) == 0.75
@@ -886,7 +1053,7 @@ class World:
             rounds.ready(index, worker.incarnation, self.now)
             return
         clock, share = worker.turn.clock, worker.turn.share
-        if clock > rounds.version and rounds.shares.is_free(share):
+        if number_of(clock) > rounds.version and rounds.shares.is_free(share):
             rounds.adopt(index, worker.incarnation, clock, share, self.now)
         else:
             rounds.ready(index, worker.incarnation, self.now, after=clock)
@@ -933,6 +1100,8 @@ class World:
             assert part.base == base
             stale.append(closed.number - 1 - base)
             self.used[share] += 1
+            if self.rules.mode == "sync":
+                assert number_of(part.clock) == closed.number, "another fragment would meet"
             worker = self.workers[part.worker]
             assert worker.incarnation == part.incarnation
             if worker.turn is not None and worker.turn.clock == part.clock:
@@ -1040,3 +1209,41 @@ def test_ssp_with_no_staleness_is_sync() -> None:
         one, two = schedule("sync", seed), schedule("ssp", seed)
         assert one.log == two.log
         assert one.rounds.to_message() == two.rounds.to_message()
+
+
+def test_each_round_is_of_its_own_clock() -> None:
+    """By which workers and servers know what meets in it, whoever is left alone with one that
+    others have done for it (`World.check` looks at it)."""
+    anew = 0
+    for seed in range(60):
+        rng = random.Random(seed)
+        world = World.of(Rules("sync", 2, 1, 0.0, 50.0, 20.0))
+        for _ in range(60):
+            index = rng.randrange(2)
+            what = rng.random()
+            if index not in world.workers:
+                world.start(index)
+            elif what < 0.5 and world.workers[index].turn is not None:
+                world.push(index, BOTH)
+            elif what < 0.7:
+                world.kill(index)
+            elif what < 0.9:
+                cut_off_alone(world, index)
+            elif world.workers:
+                world.take_over(rng.sample(sorted(world.workers), len(world.workers)))
+            world.go_on()
+            world.check_shares()
+        anew += sum(part.clock > ANEW for part in parts_of(world))
+        world.go_to_the_end()
+    assert anew > 0, "nobody was"
+
+
+def cut_off_alone(world: World, index: int) -> None:
+    """While a worker's link is cut, another begins what it reads, and dies after the cut."""
+    other = 1 - index
+    world.kill(other) if other in world.workers else None
+    world.rounds.lost(index)
+    world.start(other)
+    world.go_on()
+    world.come(index)
+    world.kill(other)
