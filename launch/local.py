@@ -40,7 +40,8 @@ class _Process:
         """Note an ended rank's exit code and what it has told."""
         self.end()  # whatever it has started and left
         with contextlib.suppress(OSError, json.JSONDecodeError, UnicodeDecodeError):
-            self.rank.report = json.loads(os.read(self.report_fd, 1 << 16))
+            for line in os.read(self.report_fd, 1 << 16).splitlines():
+                self.rank.report |= json.loads(line)
         os.close(self.report_fd)
         self.rank.code = code
 

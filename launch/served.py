@@ -14,7 +14,7 @@ from bigtrain.config.load import dump
 from bigtrain.config.schema import Config
 from bigtrain.errors import LaunchError
 from bigtrain.run_folder import RunFolder
-from bigtrain.server.chaos import Event
+from bigtrain.server.chaos import Event, left_over, parse
 from bigtrain.server.environment import Environment
 from bigtrain.server.protocol import new_token
 
@@ -236,6 +236,7 @@ class ServedRun:
 
     def _on_end(self, part: _Part, now: float) -> None:
         part.team.close()
+        self._note_drills(part)
         try:
             outcome(part.job, part.team.ranks, self._asked.numbers)
             return
@@ -263,6 +264,13 @@ class ServedRun:
             self.say(f"{line}; the run goes on with {count}")
         elif any(other.is_over and other.ended is None for other in self._of(part.role)):
             self.say(f"{line}; others have done the work")
+
+    def _note_drills(self, part: _Part) -> None:
+        """Take note of the last drill that it has told of, which is no part of how it ended."""
+        told = [rank.report.pop("drill", None) for rank in part.team.ranks]
+        for drill in filter(None, told):
+            left = left_over(self._environment.chaos, parse(drill))
+            self._environment = replace(self._environment, chaos=left)
 
     def _named(self, part: _Part, text: str) -> str:
         """Say of a rank which server or worker it is (part of)."""

@@ -6,11 +6,13 @@
     delay:worker=1,step=20,seconds=2,ms=50   each frame that it sends waits that long
 
 The process that is meant does it to itself: a server after that step's update, a worker once its
-part of that step is computed.
+part of that step is computed. It tells its launcher before, who does not ask it for that again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -94,13 +96,30 @@ class Chaos:
         self._joins = incarnation > 0
 
     def due(self, step: int) -> list[Event]:
-        """Return the events up to `step`, each once."""
+        """Return the events up to `step`, each once, and tell the launcher."""
         if self._joins:
             self._joins = False
             self.events = [event for event in self.events if event.step > step]
         due = [event for event in self.events if event.step <= step]
         self.events = [event for event in self.events if event.step > step]
+        for event in due:
+            _tell(event)
         return due
+
+
+def _tell(event: Event) -> None:
+    """Tell the launcher, if there is one: this process may not live to remember it."""
+    descriptor = os.environ.get("BIGTRAIN_REPORT_FD")
+    if descriptor is not None:
+        with contextlib.suppress(OSError, ValueError):
+            os.write(int(descriptor), (json.dumps({"drill": str(event)}) + "\n").encode())
+
+
+def left_over(events: Sequence[Event], done: Event) -> tuple[Event, ...]:
+    """Return what is left when a process has been through `done`, and all that it had before. If it
+    is started again, it may join at an earlier round."""
+    who = (done.role, done.index)
+    return tuple(e for e in events if (e.role, e.index) != who or e.step > done.step)
 
 
 def suffer(event: Event) -> None:

@@ -99,6 +99,18 @@ def test_a_worker_is_killed_and_joins_again(bench: Bench, mode: str) -> None:
     run.assert_clean()
 
 
+def test_a_drill_is_gone_through_once(bench: Bench) -> None:
+    """Though a worker that was ahead of another joins again where that is; a later one, too."""
+    mode = ("server.mode=ssp", "server.staleness=3", "server.lease_seconds=30")
+    drills = ("stop:worker=1,step=10,seconds=8", "kill:worker=0,step=13", "kill:worker=0,step=40")
+    chaos = [word for drill in drills for word in ("--chaos", drill)]
+    run = bench.launch(*SYNC[:2], *mode, *SLOW, "eval.samples=0", "train.steps=80", *chaos)
+    logs = [path.read_text() for path in (run.folder / "logs").glob("worker-*/*.log")]
+    assert [sum(log.count(f"drill: {drill}") for log in logs) for drill in drills] == [1, 1, 1]
+    assert run.err.count("it is started again") == 2
+    run.assert_clean()
+
+
 def test_all_servers_gone_the_run_goes_on_from_its_checkpoint(bench: Bench) -> None:
     options = (*SYNC, *SLOW, "train.steps=20", "checkpoint.every=5")
     calm = bench.launch(*options, "run.dir=calm")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 
 import pytest
 from unit_helpers import assert_explained
 
 from bigtrain.errors import BigtrainError
-from bigtrain.server.chaos import Chaos, Event, parse
+from bigtrain.server.chaos import Chaos, Event, left_over, parse
 
 
 @pytest.mark.parametrize(
@@ -137,3 +139,29 @@ def test_who_was_started_again_suffers_what_is_still_to_come() -> None:
     again = Chaos(EVENTS, "worker", 1, 1)
     assert again.due(9) == []
     assert [event.step for event in again.due(30)] == [20]
+
+
+def test_what_a_process_has_been_through_is_over() -> None:
+    """Of others' events, and of its own later ones, all are left."""
+    left = left_over(EVENTS, parse("stop:worker=1,step=9"))
+    assert [str(event).partition(",seconds")[0] for event in left] == [
+        "kill:worker=1,step=20",
+        "kill:worker=0,step=5",
+        "kill:server=1,step=6",
+    ]
+
+
+def test_the_launcher_is_told_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line for each, so that what is told at the end may follow."""
+    read, write = os.pipe()
+    monkeypatch.setenv("BIGTRAIN_REPORT_FD", str(write))
+    Chaos(EVENTS, "worker", 1, 0).due(20)
+    told = [json.loads(line) for line in os.read(read, 1 << 16).splitlines()]
+    os.close(read)
+    assert [line["drill"].partition(",seconds")[0] for line in told] == [
+        "stop:worker=1,step=3",
+        "cut:worker=1,step=9",
+        "stop:worker=1,step=9",
+        "kill:worker=1,step=20",
+    ]
+    os.close(write)
