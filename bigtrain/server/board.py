@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from bigtrain.server.fragments import number_of
 from bigtrain.server.protocol import (
     THE_END,
     Kind,
@@ -107,10 +108,14 @@ class Voice(Protocol):
 
 @dataclass
 class _Sum:
-    """Numbers that are added up over the workers of a round, before they go on to a later one."""
+    """Numbers that are added up over the workers of a round, before they go on to a later one.
+
+    since: when the board had the first offer, as far as it has looked.
+    """
 
     after: int
     workers: tuple[int, ...]
+    since: float | None = None
     offers: dict[int, list[float]] = field(default_factory=dict)
 
 
@@ -140,6 +145,7 @@ class Board:
         self._num_totals = 0
         self._sums: dict[str, _Sum] = {}
         self._ending: set[int] = set()  # workers at the end, which wait for each other alone
+        self._silent: set[int] = set()  # workers that a sum was made without, until they speak
         self._totals: dict[str, list[float]] = {}  # the last ones
         self._waiting: set[int] = set()  # guests, which are let in between two rounds
         self._guest: int | None = None  # one that is being given what it is to hold
@@ -215,7 +221,7 @@ class Board:
             member = self.rounds.members.get(worker)
             if member is not None and (member.clock, member.incarnation) == (clock, incarnation):
                 return  # its link was cut for so short a time that nobody has noticed
-            if clock > self.rounds.version and self.rounds.shares.is_free(share):
+            if number_of(clock) > self.rounds.version and self.rounds.shares.is_free(share):
                 self.rounds.adopt(worker, incarnation, clock, share, now)
                 return
             self.rounds.ready(worker, incarnation, now, after=clock)
@@ -232,6 +238,7 @@ class Board:
             tuple(numbers(content, "totals")),
             frozenset(whole_numbers(content, "servers")),
         )
+        self._silent.discard(worker)
         self._num_totals = self._num_totals or len(report.totals)
         if len(report.totals) != self._num_totals:
             raise Malformed(f"{len(report.totals)} totals, where others have {self._num_totals}")
@@ -249,6 +256,7 @@ class Board:
         """A worker has done what it was to do."""
         self._expected.discard(worker)
         self._ending.discard(worker)
+        self._silent.discard(worker)
         self._turns.pop(worker, None)
         self.rounds.lost(worker)
         self._check_sums()
@@ -257,6 +265,7 @@ class Board:
         """A worker is gone."""
         self._expected.discard(worker)
         self._ending.discard(worker)
+        self._silent.discard(worker)
         if worker in self.rounds.members:
             self.rounds.lost(worker)
             self._turns.pop(worker, None)
@@ -325,6 +334,7 @@ class Board:
         name = content.get("name")
         if not isinstance(name, str):
             raise Malformed("an offer without a name")
+        self._silent.discard(worker)
         workers, values = tuple(whole_numbers(content, "workers")), numbers(content, "values")
         after = number(content, "after")
         known = self._sums.get(name)
@@ -340,21 +350,42 @@ class Board:
         self._sums.setdefault(name, _Sum(after, workers)).offers[worker] = values
         self._check_sums()
 
-    def _check_sums(self) -> None:
+    def _check_sums(self, now: float | None = None) -> None:
+        """Add up what all have offered; or, as time goes on, all but those that stand still."""
         for name, one in list(self._sums.items()):
-            there = {*self.rounds.members, *self._expected, *one.offers}
-            if name == THE_END:
-                there |= self._ending
-            due = [w for w in one.workers if w in there and self._told(w) <= one.after]
-            if all(w in one.offers for w in due):
-                del self._sums[name]
-                while len(self._totals) >= _MOST_TOTALS:
-                    del self._totals[next(iter(self._totals))]
-                values = [sum(column) for column in zip(*one.offers.values(), strict=True)]
-                if name != THE_END:  # they may have to meet there again
-                    self._totals[name] = values
-                for worker in one.offers:
-                    self.voice.tell(worker, Kind.TOTAL, {"name": name, "values": values})
+            missing = self._missing(name, one)
+            if missing and now is not None and self._has_waited(one, now):
+                log.warning(
+                    "%s: goes on without worker(s) %s: others have waited %g s for them",
+                    name,
+                    ", ".join(map(str, missing)),
+                    self.rounds.rules.stall_seconds,
+                )
+                self._silent |= set(missing)
+                missing = []
+            if not missing:
+                self._end_sum(name, one)
+
+    def _missing(self, name: str, one: _Sum) -> list[int]:
+        """Return the workers whose offer is still to come."""
+        there = {w for w, member in self.rounds.members.items() if not member.stalled}
+        there |= self._expected | (self._ending if name == THE_END else set())
+        there -= self._silent | one.offers.keys()
+        return [w for w in one.workers if w in there and self._told(w) <= one.after]
+
+    def _has_waited(self, one: _Sum, now: float) -> bool:
+        one.since = now if one.since is None else one.since
+        return now - one.since >= self.rounds.rules.stall_seconds
+
+    def _end_sum(self, name: str, one: _Sum) -> None:
+        del self._sums[name]
+        while len(self._totals) >= _MOST_TOTALS:
+            del self._totals[next(iter(self._totals))]
+        values = [sum(column) for column in zip(*one.offers.values(), strict=True)]
+        if name != THE_END:  # they may have to meet there again
+            self._totals[name] = values
+        for worker in one.offers:
+            self.voice.tell(worker, Kind.TOTAL, {"name": name, "values": values})
 
     def _told(self, worker: int) -> int:
         """Return the last round that a worker was told the outcome of, as far as is known here."""
@@ -410,7 +441,14 @@ class Board:
         for turn in self.rounds.turns(now):
             self._turns[turn.worker] = self._turn_message(turn)
             self.voice.tell(turn.worker, Kind.TURN, self._turns[turn.worker])
-        self._check_sums()
+        self._check_sums(now)
+
+    def status(self, now: float) -> dict[str, Any]:
+        """Return how rounds and workers are, and whom they wait for, for people."""
+        status = self.rounds.status(now)
+        for name, one in self._sums.items():
+            status["waits_for"] |= {str(worker): name for worker in self._missing(name, one)}
+        return status
 
     def _turn_message(self, turn: Turn) -> dict[str, Any]:
         incarnation = self.rounds.members[turn.worker].incarnation

@@ -685,7 +685,7 @@ class Server:
             "outcome": board.outcome,
             "servers": {str(server): server in self.alive for server in range(self.num_servers)},
             "held_bytes": self.table.num_bytes,
-            **board.rounds.status(now),
+            **board.status(now),
         }
         try:
             write_status(self.setup.status, status)

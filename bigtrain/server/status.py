@@ -69,7 +69,9 @@ def status_lines(status: Mapping[str, Any], now: float) -> Iterator[str]:
         again = f", started again {about['incarnation']} times" * (about["incarnation"] > 0)
         does = "computes" if about["computes"] else "waits"
         since = f"began {about['seconds']:.1f} s ago"
-        yield f"worker {worker}  round {about['round']}, {does}, {since}{again}"
+        awaited = status.get("waits_for", {}).get(worker)
+        wait = f"; others wait for its part of {awaited}" if awaited else ""
+        yield f"worker {worker}  round {about['round']}, {does}, {since}{again}{wait}"
     for worker in range(status["num_workers"]):
         if str(worker) not in status["workers"]:
             yield f"worker {worker}  is not there"
