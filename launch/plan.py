@@ -190,6 +190,14 @@ def make_plan(
     hosts = tuple(hosts or config.launch.hosts or ())
     if config.launch.mpi is not None:
         return _by_mpi(config, env, allocation, hosts)
+    if config.server.slurm is not None and config.launch.slurm is None and allocation is None:
+        raise PlanError(
+            "server.slurm without launch.slurm",
+            why="this is no Slurm job and would not become one, so that servers would have no "
+            "nodes of their own",
+            mend="set launch.slurm={} (or give bigtrain launch --slurm), name server.hosts, or "
+            "remove server.slurm",
+        )
     if hosts:
         if config.launch.processes == "auto" and config.parallel.dp == "auto":
             raise PlanError(

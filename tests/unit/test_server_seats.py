@@ -144,6 +144,17 @@ def test_a_job_without_the_nodes_that_servers_are_to_have() -> None:
     assert_explained(caught.value, "server.slurm.nodes = 1", "job 17 has 0", "--slurm")
 
 
+@pytest.mark.parametrize("hosts", [(), ("a", "b")])
+def test_nodes_of_slurm_for_a_run_without_slurm(hosts: tuple[str, ...]) -> None:
+    """With launch.slurm it is a config for jobs, that is tried elsewhere."""
+    with pytest.raises(PlanError) as caught:
+        by_ssh(config(2, 2, slurm={}), *hosts)
+    assert_explained(caught.value, "server.slurm without launch.slurm", "no Slurm job", "--slurm")
+    server = {"servers": 2, "workers": 2, "slurm": {}}
+    there = {"server": server, "parallel": {"dp": 1}, "launch": {"slurm": {}}}
+    assert by_ssh(Config.model_validate(there), *hosts).servers
+
+
 def test_a_submission() -> None:
     there = config(2, 2, slurm={"nodes": 2})
     assert str(make_submission(there)) == (
