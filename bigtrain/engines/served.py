@@ -6,6 +6,7 @@ ready, servers update, and parameters come back; what a step is, the board says.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
@@ -18,6 +19,7 @@ from bigtrain.comm.collectives import all_gather_object
 from bigtrain.comm.gradient import GradientPath
 from bigtrain.comm.mesh import Mesh
 from bigtrain.config.schema import Config, ServerSection, ZeroSection
+from bigtrain.config.serving import RowsSection
 from bigtrain.engines.coding import coding_of
 from bigtrain.engines.native import NativeState
 from bigtrain.engines.seam import Place
@@ -30,6 +32,8 @@ from bigtrain.server.embedding import Tables, tables_of
 from bigtrain.server.environment import Environment
 from bigtrain.server.table import bytes_of
 from bigtrain.server.worker import Blocks, Pushing
+
+log = logging.getLogger(__name__)
 
 
 def zero_of_worker(zero: ZeroSection, mesh: Mesh, mode: str) -> ZeroSection:
@@ -58,6 +62,15 @@ def check_tables(model: nn.Module, mesh: Mesh, server: ServerSection) -> None:
             f"the model has tables that servers keep ({tables}), and is split over ranks",
             why="ranks that compute the same rows would push them twice",
             mend="set parallel.tp, pp and cp to 1; a worker may have several dp ranks",
+        )
+
+
+def _warn_of_rows(rows: RowsSection) -> None:
+    """Say so if the config speaks of tables, and the model has none."""
+    if rows != RowsSection():
+        log.warning(
+            "server.rows has no effect: the model has no bigtrain.ServerEmbedding, and its "
+            "nn.Embedding are trained as all else is (optimizer)"
         )
 
 
@@ -165,6 +178,8 @@ class Served:
             seed=config.run.seed,
         )
         self.seat.start([*self.blocks_.specs(hosts, replicas, dtype), *self.tables.specs])
+        if self.seat.fills and mesh.rank == 0 and not self.tables.names:  # one of all ranks
+            _warn_of_rows(config.server.rows)
         self.clock = ServedClock(self.seat, self.sync, path, self.tables)
         optimizer = make_row_optimizer(config.server.rows, config.optimizer.lr)
         self.table_files = TableFiles(self.tables, optimizer) if self.tables.names else None

@@ -65,6 +65,15 @@ def test_a_table_on_servers_is_a_table(bags: Bench, options: Sequence[str]) -> N
     ours.assert_clean()
 
 
+@pytest.mark.parametrize("served", [True, False])
+def test_rows_of_a_model_without_tables(bags: Bench, served: bool) -> None:
+    """Told once, by one of all ranks."""
+    model = f"model.args={{served: {str(served).lower()}}}"
+    run = bags.launch(*SYNC, "parallel.dp=2", *ADAGRAD, *EACH, model, "train.steps=2")
+    assert (run.out + run.err).count("server.rows has no effect") == (not served)
+    run.assert_clean()
+
+
 @pytest.mark.parametrize("server", [0, 1])
 def test_a_server_is_killed_and_comes_back(bags: Bench, server: int) -> None:
     """It is given the rows that it had."""
