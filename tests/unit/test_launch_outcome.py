@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from bigtrain.config.schema import Config
 from bigtrain.errors import LaunchError
 from bigtrain.launch.job import Job
-from bigtrain.launch.outcome import Rank, outcome
+from bigtrain.launch.outcome import Ended, Rank, outcome
+from bigtrain.launch.seats import seat
+from bigtrain.launch.served import _LOSS, ServedRun, _Part
+from bigtrain.run_folder import RunFolder
+from bigtrain.server import guests, server
 
 DONE = {"done": True}
 TOLD = {"text": "no such file", "exit_code": 1, "time": 2.0}
@@ -76,3 +83,61 @@ def test_leaving_early_with_code_zero_is_a_failure(tmp_path: Path) -> None:
     error = told(rank(0, 0), rank(1, report=PEER))
     assert "rank 0 left with exit code 0" in str(error)
     assert error.exit_code == 1
+
+
+# -- runs with servers -----------------------------------------------------------------------------
+
+LOST = {"text": "all gone\n  why:  what they had since the last checkpoint is lost with them"}
+
+
+def served(tmp_path: Path, *ends: Rank | None) -> ServedRun:
+    """Return a run of two servers and two workers that ended like this, in order; None: it runs."""
+    config = Config.model_validate({"server": {"servers": 2}, "parallel": {"dp": 1}})
+    seats = seat(config.server, ["n1"])
+    job = Job(Path("config.yaml"), tmp_path, 1, 1, 1, resume=False)
+    run = ServedRun(config, job, seats, SimpleNamespace(), RunFolder(tmp_path), print)  # type: ignore[arg-type]
+    run.folder.status.touch()
+    for number, end in enumerate(ends):
+        role: Any = "server" if number < 2 else "worker"
+        team: Any = SimpleNamespace(ranks=[end or Rank(0)], close=lambda: None)
+        run.parts.append(_Part(role, number % 2, job, team, ("n1",)))
+        if end is not None:
+            run.parts[-1].is_over = True
+            run._on_end(run.parts[-1], float(number))
+    return run
+
+
+def killed() -> Rank:
+    return rank(0, -signal.SIGKILL)
+
+
+def failed(text: str) -> Rank:
+    return rank(0, report={**TOLD, "text": text})
+
+
+@pytest.mark.parametrize(
+    ("servers", "lost", "what"),
+    [
+        ((None, None), False, "worker 1 failed: mine"),
+        ((None, killed()), False, "worker 1 failed: mine"),
+        ((killed(), killed()), True, "server 1 was ended by SIGKILL"),
+        ((rank(0, report={**TOLD, **LOST}), killed()), True, "server 1 was ended by SIGKILL"),
+        ((killed(), rank(0, report={**TOLD, **LOST})), True, "server 0 was ended by SIGKILL"),
+        ((None, rank(0, report={**TOLD, **LOST})), True, "server 1 failed: all gone"),
+        ((rank(0, 0, report=DONE), rank(0, 0, report=DONE)), False, "worker 1 failed: mine"),
+    ],
+)
+def test_servers_are_to_blame_if_what_they_held_is_lost(
+    servers: tuple[Rank | None, Rank | None], lost: bool, what: str, tmp_path: Path
+) -> None:
+    run = served(tmp_path, *servers, failed("its own"), failed("mine"))
+    assert run.has_lost_servers == lost
+    with pytest.raises(Ended) as caught:
+        run._outcome()
+    assert str(caught.value).startswith(what)
+
+
+def test_servers_say_so_when_what_they_held_is_lost() -> None:
+    """In these words, by which the launcher knows it."""
+    for module in (server, guests):
+        assert _LOSS in Path(str(module.__file__)).read_text()
