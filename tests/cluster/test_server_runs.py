@@ -99,6 +99,38 @@ def test_a_worker_is_killed_and_joins_again(bench: Bench, mode: str) -> None:
     run.assert_clean()
 
 
+# A user's module by which the first that saves step 10 stands still in it, until others have saved.
+STILL = """
+import os
+from parts import model
+import bigtrain.checkpoint.save as saving
+from bigtrain.server.chaos import parse, suffer
+
+save_file = saving.save_file
+
+def still(payload, path):
+    if "step-00000010" in str(path) and not os.path.exists("still"):
+        open("still", "w").close()
+        suffer(parse("stop:worker=0,step=10,seconds=6"))
+    return save_file(payload, path)
+
+saving.save_file = still
+"""
+
+
+def test_a_save_that_is_overtaken_ends_nobody(bench: Bench) -> None:
+    """Who was stopped in it for longer than the lease gives it up, and goes on with the others."""
+    (bench.path / "still.py").write_text(STILL)
+    model = ("model.factory=still:model", SLOW[1])
+    often = ("train.steps=200", "checkpoint.every=10", "eval.samples=0", "server.lease_seconds=1")
+    run = bench.launch(*SYNC, *model, *often)
+    assert (bench.path / "still").exists()
+    assert "no checkpoint of step 10 was written: another worker has saved" in run.out, run.shown
+    assert "started again" not in run.err
+    assert run.checkpoints()[-1] == "step-00000200"
+    run.assert_clean()
+
+
 def test_a_drill_is_gone_through_once(bench: Bench) -> None:
     """Though a worker that was ahead of another joins again where that is; a later one, too."""
     mode = ("server.mode=ssp", "server.staleness=3", "server.lease_seconds=30")
