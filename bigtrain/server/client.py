@@ -75,6 +75,8 @@ class Client:
         self._links: dict[int, Link] = {}
         self._identities: dict[int, str] = {}
         self._dead: set[int] = set()
+        self._follows: int | None = None  # a server that has asked whether we follow it alone
+        self._left: set[int] = set()  # servers that we have no links with for its sake
         self._order = list(range(len(self.addresses)))  # who keeps the board while it lives
         self._called: dict[int, float] = {}
         self._pushes: dict[int, dict[int, memoryview]] = {}  # round -> key -> gradient
@@ -348,7 +350,8 @@ class Client:
     def tick(self, now: float) -> None:
         for server, address in enumerate(self.addresses):
             idle = now - self._called.get(server, 0.0) >= _CALL_SECONDS
-            if idle and server not in self._links and server not in self._dead:
+            lives = server not in self._dead | self._left
+            if idle and server not in self._links and lives:
                 self._called[server] = now
                 if not any(link.target == server for link in self._loop.links):
                     self._loop.connect(address, self.who, server)
@@ -378,15 +381,19 @@ class Client:
     def opened(self, link: Link, greeting: dict[str, Any]) -> None:
         server, identity = link.target, str(greeting.get("identity"))
         alive = greeting.get("alive") or []  # none: it is not part of the run itself (yet)
-        if server in self._dead or not alive:
+        asks = bool(greeting.get("asks"))  # whether we follow it: if there is no other
+        if server in self._dead | self._left or not alive or (asks and self._links):
             link.close("it was given up, or started again, and does not hold what it should")
             return
         if self._identities.get(server, identity) != identity:  # it was let in meanwhile
             for servers in self._have.values():
                 servers.discard(server)
         self._identities[server] = identity
-        self._take_alive(alive)
         self._links[server] = link
+        if asks:
+            self._follow(link, alive)
+        else:
+            self._take_alive(alive)
         self._nobody.discard(server)
         self._refusal = ""
         link.say(Kind.DECLARE, {"blocks": [spec.to_message() for spec in self._specs.values()]})
@@ -401,6 +408,8 @@ class Client:
         server = link.target
         if self._links.get(server) is link:
             del self._links[server]
+            if self._follows == server:  # it goes on without us, or not at all
+                self._follows, self._left = None, set()
         if link.connecting and why == os.strerror(errno.ECONNREFUSED):
             self._nobody.add(server)
         if link.refused and (link.ends or server in self.wanted):
@@ -469,6 +478,8 @@ class Client:
             self.wanted[link.target] = content
         elif kind is Kind.TURN:
             self._on_turn(content)
+        elif kind is Kind.ALIVE and content.get("asks"):
+            self._follow(link, content["alive"])
         elif kind is Kind.ALIVE:
             self._take_alive(content["alive"])
         elif kind is Kind.TOTAL:
@@ -489,9 +500,19 @@ class Client:
         self._pushes = {c: pushes for c, pushes in self._pushes.items() if c >= clock}
         self._have = {c: servers for c, servers in self._have.items() if c >= clock}
 
+    def _follow(self, link: Link, alive: list[int]) -> None:
+        """A server hears nothing of others, which may live and hear nothing of it: follow it alone,
+        as long as there is a link with it."""
+        self._follows = link.target
+        self._left = set(range(len(self.addresses))) - set(alive)
+        for other in [other for other in self._loop.links if other.target in self._left]:
+            other.close("another server does without it")
+        link.say(Kind.FOLLOWS, {"alive": alive})
+
     def _take_alive(self, alive: Sequence[int]) -> None:
         """Servers that live have changed, or are told again, in the order in which they are to keep
         the board."""
+        self._follows, self._left = None, set()
         self._order = [int(server) for server in alive]
         self._dead -= set(self._order)  # it was started again, and was let in
         self._give_up(set(range(len(self.addresses))) - set(self._order))

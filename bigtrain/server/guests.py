@@ -35,12 +35,14 @@ class Guests:
     def take(self, link: Link, who: Who) -> None:
         """A server was started again; its end may not have been noticed yet."""
         server = self._server
-        old = server.peers.links.get(who.index)
+        old = server.peers.links.pop(who.index, None)
+        if old is not None or (who.index not in server.peers.dead and not server.admission.waits):
+            server.lose_server(who.index, "it was started again")
         if old is not None:
             old.close("it was started again")
-        elif who.index not in server.peers.dead and not server.admission.waits:
-            server.lose_server(who.index, "it was started again")
         server.peers.know(who)
+        if server.peers.ended(who.index):
+            server.go_on_without_lost()
         self._links[who.index] = link
         self._incarnations[who.index] = who.incarnation
         if self._owed.pop(who.index, -1) == who.incarnation:

@@ -89,7 +89,8 @@ class Link:
         self.calls = calls  # who we say that we are, if it was we who called
         self.target = target  # the server that was called
         self.who: Who | None = None
-        self.open, self.silent, self.refused = True, False, False
+        self.open, self.refused = True, False
+        self.silent = False  # was nothing heard of the peer?
         self.ends = False  # has the peer refused us because it ends itself?
         self.connecting = calls is not None
         self.since = self.heard = self.said = time.monotonic()
@@ -122,11 +123,11 @@ class Link:
         self._queue(memoryview(header.pack()))
         self._queue(data.cast("B"), sent)
 
-    def close(self, why: str, *, silent: bool = False) -> None:
-        """Give it up, and tell the handler. silent: nobody knows whether the peer lives."""
+    def close(self, why: str) -> None:
+        """Give it up, and tell the handler."""
         if not self.open:
             return
-        self.open, self.silent = False, silent
+        self.open = False
         self.loop.forget(self)
         with contextlib.suppress(OSError):
             self.sock.close()
@@ -148,10 +149,6 @@ class Link:
                 piece.sent()
         self._out.clear()
 
-    def _end(self, why: str) -> None:
-        """The peer has closed it: it is gone, or has given us up while we stood still."""
-        self.close(why, silent=time.monotonic() < self.loop.doubt_until)
-
     # -- what the loop does with it ------------------------------------------------------------
 
     def begin(self) -> None:
@@ -172,10 +169,30 @@ class Link:
             if self.open and events & selectors.EVENT_WRITE:
                 self._write()
         except Malformed as error:
-            log.warning("the link with %s is closed: %s", self, error)
-            self.refuse(str(error))
+            self._shut_out(error)
         except OSError as error:
-            self._end(error.strerror or str(error))
+            self.close(error.strerror or str(error))
+
+    def _shut_out(self, error: Malformed) -> None:
+        log.warning("the link with %s is closed: %s", self, error)
+        self.refuse(str(error))
+
+    def attempt(self, do: Callable[[], None]) -> None:
+        """Do what the peer has asked for earlier; if that makes no sense, this link is closed."""
+        try:
+            self._make_sense(do, "what it has said")
+        except Malformed as error:
+            self._shut_out(error)
+
+    def _make_sense(self, do: Callable[[], None], what: str) -> None:
+        """Raise Malformed if `do` fails, since the peer says things that are odd."""
+        try:
+            do()
+        except (Malformed, OSError):
+            raise
+        except Exception as error:  # it lacks something, or wants more memory than there is
+            log.debug("a frame from %s", self, exc_info=True)
+            raise Malformed(f"{what} makes no sense: {error!r}") from error
 
     @property
     def wants_to_write(self) -> bool:
@@ -223,7 +240,7 @@ class Link:
             except (BlockingIOError, InterruptedError):
                 return
             if count == 0:
-                self._end("it is gone")
+                self.close("it is gone")
                 return
             budget -= count
             self.heard = time.monotonic()
@@ -237,7 +254,7 @@ class Link:
         if header is None:
             header = Header.unpack(self._head, welcome=self.who is not None)
             if header.is_tensor:
-                self._body = self.loop.handler.room(self, header)
+                self._make_sense(lambda: self._make_room(header), header.kind.name)
                 if self._body.nbytes != header.length:
                     raise Malformed(
                         f"{header.kind.name} of {header.length} bytes, not {self._body.nbytes}"
@@ -249,14 +266,16 @@ class Link:
             return  # with an empty body, we are called again at once
         self._header, self._body, self._got = None, memoryview(self._head), 0
         content = {} if header.is_tensor else read_text(self._text)
-        try:
-            if self.who is None or header.kind in (Kind.REFUSE, Kind.PING):
-                self._greet(header, content)
-            else:
-                self.loop.handler.frame(self, header, content)
-        except (LookupError, TypeError, ValueError) as error:  # it lacks something, or is odd
-            log.debug("a frame from %s", self, exc_info=True)
-            raise Malformed(f"{header.kind.name} that makes no sense: {error!r}") from error
+        self._make_sense(lambda: self._take(header, content), header.kind.name)
+
+    def _make_room(self, header: Header) -> None:
+        self._body = self.loop.handler.room(self, header)
+
+    def _take(self, header: Header, content: dict[str, Any]) -> None:
+        if self.who is None or header.kind in (Kind.REFUSE, Kind.PING):
+            self._greet(header, content)
+        else:
+            self.loop.handler.frame(self, header, content)
 
     def _greet(self, header: Header, content: dict[str, Any]) -> None:
         """Take part in the handshake."""
@@ -303,7 +322,6 @@ class Loop:
         self.handler, self.token, self.lease_seconds = handler, token, lease_seconds
         self.delay, self.delay_until = 0.0, 0.0  # seconds that each frame waits: a drill
         self.cut_until = 0.0  # nothing passes until then: a drill
-        self.doubt_until = 0.0  # until then, a link that peers close says nothing of their end
         self.due = math.inf  # when the handler's tick is wanted before it is time for it
         self.links: list[Link] = []
         self.error: BaseException | None = None
@@ -435,15 +453,13 @@ class Loop:
 
     def _see_whether_it_stood_still(self) -> float:
         """If this process was stopped, or the machine, peers may have said what was not heard: they
-        have that much longer. They may have given us up meanwhile, and live. Returns the time."""
+        have that much longer. Returns the time."""
         now = time.monotonic()
         late, self._seen = now - self._seen - _TICK_SECONDS, now
         if late > self.lease_seconds / 4:
             log.warning("nothing was read for %.1f s: this process stood still, or was busy", late)
             for link in self.links:
                 link.since, link.heard = (min(now, at + late) for at in (link.since, link.heard))
-        if late > self.lease_seconds / 2:
-            self.doubt_until = now + self.lease_seconds
         return now
 
     def _on_event(self, data: Any, events: int) -> None:
@@ -458,10 +474,10 @@ class Loop:
             with contextlib.suppress(OSError):
                 sock, _ = data.accept()
                 sock.setblocking(False)
-                if sum(link.who is None for link in self.links) < _MOST_STRANGERS:
-                    self._add(sock, None)
-                else:
-                    sock.close()
+                strangers = [x for x in self.links if x.who is None and x.calls is None]
+                for link in strangers[: len(strangers) + 1 - _MOST_STRANGERS]:
+                    link.close("others wait who may be no strangers")  # it has had its time
+                self._add(sock, None)
 
     def _check(self, now: float) -> None:
         """Say that we are alive; give up who does not."""
@@ -472,7 +488,8 @@ class Loop:
                     link.close("it did not say who it is")
             elif now - link.heard > self.lease_seconds:
                 why = f"nothing was heard of it for {self.lease_seconds:g} s"
-                link.close(why, silent=True)
+                link.silent = True
+                link.close(why)
             elif now - link.said > ping and not link.waits_to_write:
                 link.say(Kind.PING)
 

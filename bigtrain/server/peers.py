@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,7 +22,10 @@ class Peers:
         self.index, self.addresses, self.incarnation = index, addresses, incarnation
         self.links: dict[int, Link] = {}
         self.dead: set[int] = set()
-        self.silent: set[int] = set()  # of these, those whose end nobody has seen
+        self.silent: set[int] = set()  # of these, those that may live nevertheless
+        self.followers: set[int] = set()  # workers that follow us, and not those
+        self.followed = True  # do, or did, more than half of all workers?
+        self.ask_at = 0.0  # when workers are asked
         self._order = list(range(len(addresses)))
         self._incarnations: dict[int, int] = {}
         self._called: dict[int, float] = {}
@@ -63,11 +67,27 @@ class Peers:
     def know(self, who: Who) -> None:
         self._incarnations[who.index] = who.incarnation
 
-    def lose(self, server: int, *, silent: bool) -> None:
-        """It is gone; silent: nobody knows whether it lives."""
+    @property
+    def leads(self) -> bool:
+        """Is this server the one that has lived longest?"""
+        return self.seniority[0] == self.index
+
+    def lose(self, server: int, *, silent: bool, patience: float = 0.0) -> None:
+        """It is gone; silent: it may live, for all we know. Then workers are asked whom they
+        follow; who has not led so far lets others ask first, for `patience` seconds."""
+        led = self.leads
         self.dead.add(server)
         if silent:
             self.silent.add(server)
+            self.followers, self.followed = set(), False
+            self.ask_at = time.monotonic() + (0.0 if led else patience)
+
+    def ended(self, server: int) -> bool:
+        """A server that we have lost is gone in truth; return whether we had waited for that."""
+        waited = bool(self.silent) and not self.followed
+        self.silent.discard(server)
+        self.followed |= not self.silent
+        return waited and self.followed
 
     def take_back(self, server: int, link: Link) -> None:
         """It is one of those that live again, and the youngest."""

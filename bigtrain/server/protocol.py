@@ -60,6 +60,7 @@ class Kind(enum.IntEnum):
     TURN = 22  # board: what to do next, and what came of the rounds before
     OFFER = 23  # worker, to the board: numbers to be added up over workers
     TOTAL = 24  # board: their sum
+    FOLLOWS = 25  # worker, to a server that asks: I follow these, and no others meanwhile
 
     ROUND = 30  # board, to servers: add up what these workers pushed
     SQUARES = 31  # server: done; the sum of squares of what it answers for

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ class Server:
         self.specs: dict[int, Spec] = {}  # all blocks, of which we hold some
         self.about: dict[str, Any] = {}
         self._stuck_since: float | None = None  # since when we may not decide
+        self._ended: set[int] = set()  # workers whose links were closed by themselves
         self.board: Board | None = None
         self._declared: dict[int, set[int]] = {}  # worker -> ranks
         self._filled: set[int] = set()  # ranks of the worker that fills us which are done
@@ -103,6 +105,7 @@ class Server:
         self._pulls = Pulls(self.table)
         self._rows = RowTraffic(self.table.rows, self._do)
         self._updating = False
+        self._update: tuple[int, set[int]] | None = None  # at hand: its number, who is to be told
         self._jobs = ThreadPoolExecutor(1, thread_name_prefix="bigtrain updates")
         self._told: set[tuple[int, int]] = set()  # who knows whether we want its values
         self._someone_left = self._is_told_over = self._is_over = False
@@ -154,12 +157,36 @@ class Server:
         """Is all here, and is it sure that the run does not go on without us?"""
         return not self._may_be_cut_off() and self._lost_block is None
 
-    def _may_be_cut_off(self, comes: int | None = None) -> bool:
-        """A server that says nothing may live, on the other side of a cut; only the side with more
-        than half of the workers may go on. comes: a worker that is about to have a link."""
-        here = self.linked if comes is None else self.linked | {comes}
-        few = 2 * len(here) <= self.setup.rules.workers
-        return bool(self.peers.silent) and few and not self._someone_left
+    def _may_be_cut_off(self) -> bool:
+        """A server that we have no link with may live: on the other side of a cut, or what is
+        between us has closed the link. Only one side may go on: that which more than half of the
+        workers follow; a worker follows one at a time. If later as many say nothing either, the
+        network is cut where we are."""
+        peers = self.peers
+        if not peers.silent or self._someone_left or not peers.leads:
+            return False
+        return not peers.followed or not self._is_more_than_half(self.linked | self._ended)
+
+    def _is_more_than_half(self, workers: Collection[int]) -> bool:
+        return 2 * len(workers) > self.setup.rules.workers
+
+    def _ask_whom_they_follow(self, now: float) -> None:
+        """See whether workers follow us and not servers of which nothing is heard."""
+        peers = self.peers
+        if not peers.silent or peers.followed or not peers.leads or now < peers.ask_at:
+            return
+        for (worker, rank), link in list(self._workers.items()):
+            if rank == 0 and worker not in peers.followers:
+                link.say(Kind.ALIVE, {"alive": self.seniority, "asks": True})
+
+    def _on_follows(self, worker: int, content: dict[str, Any]) -> None:
+        peers = self.peers
+        if content.get("alive") != self.seniority or peers.followed:
+            return
+        peers.followers.add(worker)
+        if self._is_more_than_half(peers.followers & self.linked):
+            peers.followed = True
+            self.go_on_without_lost()
 
     @property
     def num_updates(self) -> int:
@@ -196,11 +223,13 @@ class Server:
             if known.who.incarnation > who.incarnation:
                 raise Malformed(f"{who} was started again since")
             known.close("it has come by another link")
-        comes = who.index if who.role == "worker" else None
-        lost = self._may_be_cut_off(comes) or self._lost_block is not None
-        knows = not self.admission.waits and not lost and not self._is_over
-        alive = self.seniority if knows else []
-        return {"identity": self.identity, "alive": alive, "guest": self.admission.waits}
+        knows = not self.admission.waits and not self._is_over and self._lost_block is None
+        return {
+            "identity": self.identity,
+            "alive": self.seniority if knows else [],
+            "guest": self.admission.waits,
+            "asks": self._may_be_cut_off(),
+        }
 
     def opened(self, link: Link, greeting: dict[str, Any]) -> None:
         who = link.who
@@ -216,6 +245,7 @@ class Server:
             self._see_who_keeps_the_board()
         else:
             self._workers[who.index, who.rank] = link
+            self._ended.discard(who.index)
 
     def closed(self, link: Link, why: str) -> None:
         who = link.who
@@ -229,9 +259,11 @@ class Server:
             return
         if who.role == "server" and self.peers.links.get(who.index) is link:
             del self.peers.links[who.index]
-            self.lose_server(who.index, why, silent=link.silent)
+            self.lose_server(who.index, why, silent=True)
         elif who.role == "worker" and self._workers.get((who.index, who.rank)) is link:
             del self._workers[who.index, who.rank]
+            if not link.silent:
+                self._ended.add(who.index)
             self._lose_worker(who, why)
 
     def lose_server(self, server: int, why: str, *, silent: bool = False) -> None:
@@ -241,10 +273,15 @@ class Server:
         if self.admission.waits:
             self.fail(CommError(f"server {server}: {why}, while it was to let us in"))
             return
-        self.peers.lose(server, silent=silent)
+        self.peers.lose(server, silent=silent, patience=self.setup.lease_seconds / 4)
         log.warning("server %d: %s; the run goes on without it", server, why)
-        if self._lost_block is not None:
-            return  # nothing can go on here: see `tick`
+        self._ask_whom_they_follow(time.monotonic())
+        self.go_on_without_lost()
+
+    def go_on_without_lost(self) -> None:
+        """Go on, if it is sure that servers that were lost do not."""
+        if self._may_be_cut_off() or self._lost_block is not None:
+            return  # nothing can go on here (yet): see `tick`
         self.tell_who_lives()
         self._see_who_keeps_the_board()
         if self.board is not None:
@@ -261,7 +298,7 @@ class Server:
 
     def tell_who_lives(self) -> None:
         """Tell workers: whoever waits for a server that is gone, or at another board, must know."""
-        if self.may_decide:
+        if self.may_decide and self.peers.leads:
             for link in list(self._workers.values()):
                 link.say(Kind.ALIVE, {"alive": self.seniority})
 
@@ -288,11 +325,10 @@ class Server:
 
     def _see_who_keeps_the_board(self) -> None:
         """Keep the board, if it is our turn."""
-        if self.admission.waits:
+        if self.admission.waits or self._may_be_cut_off():
             return
-        mine = self.setup.index == self.seniority[0]
         waits = self.board is not None and not self.board.active
-        if self.board is not None and mine and waits and not self.peers.missing:
+        if self.board is not None and self.peers.leads and waits and not self.peers.missing:
             self.board.take_over(time.monotonic())
 
     # -- frames --------------------------------------------------------------------------------
@@ -318,7 +354,9 @@ class Server:
             raise Malformed(f"a gradient of round {header.step}, after round {self.version}")
         if header.key in self.table.rows.parts:
             return self._rows.room(link, header)
-        if is_old:  # its bytes must go somewhere
+        if is_old or self.table.has(_source(who, header), header.key):
+            # Its bytes must go somewhere, but not where they are: what a worker sends again may be
+            # of the next round by now.
             return memoryview(bytearray(self.table.gradient_bytes(header.key)))
         return self.table.room_for_gradient(_source(who, header), header.key)
 
@@ -367,6 +405,8 @@ class Server:
             if self.board is not None:
                 self.board.on_worker_left(who.index)
             link.close("it has left")
+        elif header.kind is Kind.FOLLOWS and who.rank == 0:
+            self._on_follows(who.index, content)
         elif header.kind in (Kind.READY, Kind.REPORT, Kind.OFFER) and who.rank == 0:
             self._on_board_frame(link, header.kind, content)
         else:
@@ -383,10 +423,12 @@ class Server:
         if self.admission.waits:
             self.admission.postpone(link, who, content)
             return
-        self.specs |= {spec.key: spec for spec in specs}
+        if any(self.specs.get(spec.key, spec) != spec for spec in specs):
+            raise Malformed("a block that is another than other workers have: their layout differs")
         if self.table.optimizer is not None and not self.table.knows([s.key for s in mine]):
             raise Malformed("a block that other workers do not have: their layout differs")
         self.table.declare(mine)
+        self.specs |= {spec.key: spec for spec in specs}
         for source in self._arrivals.expect(who, mine):
             self._say_have(who, 0, source[2])
         self.table.rows.expect(who.index, who.ranks)
@@ -482,8 +524,10 @@ class Server:
     def _on_board_frame(self, link: Link, kind: Kind, content: dict[str, Any]) -> None:
         who, board, now = link.who, self.board, time.monotonic()
         assert who is not None
-        if board is None or not board.is_open:
-            self._early.append((link, kind, content))  # it knows of a board's end before we do
+        if board is None or not board.is_open:  # it knows of a board's end before we do
+            if kind is Kind.READY:  # and says anew where it is
+                self._early = [frame for frame in self._early if frame[0] is not link]
+            self._early.append((link, kind, content))
             return
         if kind is Kind.READY:
             board.on_ready(who.index, who.incarnation, content, now)
@@ -524,8 +568,8 @@ class Server:
             board.on_applied(sender, number(content, "number"), now)
         if board.is_open:
             early, self._early = self._early, []
-            for frame in early:
-                self._on_board_frame(*frame)
+            for link, frame, what in early:
+                link.attempt(partial(self._on_board_frame, link, frame, what))
             self._go_on(now)
 
     def answer(self, server: int, kind: Kind, content: dict[str, Any]) -> None:
@@ -536,8 +580,8 @@ class Server:
 
     def _on_round(self, content: Mapping[str, Any], sender: int) -> None:
         closed, alive = Closed.from_message(content["closed"]), content["alive"]
-        if closed.number <= self.version:
-            return  # it is done already: the board will see by APPLY
+        if closed.number <= (self._update[0] if self._update is not None else self.version):
+            return  # it is done already, or at hand: the board will see by APPLY
         sources = [(part.worker, part.incarnation, part.clock) for part in closed.parts]
         mine = [
             key
@@ -562,6 +606,10 @@ class Server:
         if done_number <= self.version:
             self.answer(sender, Kind.APPLIED, {"number": done_number})
             return
+        if self._update is not None and self._update[0] == done_number:
+            self._update[1].add(sender)  # a new board, while we do what the one before has ordered
+            return
+        self._update = done_number, {sender}
         self.board.note(Kind.APPLY, content)
         update, outcome = content["update"], Closed.from_message(content["outcome"])
         self.table.detach_sent()
@@ -575,11 +623,14 @@ class Server:
                 self.table.apply(done_number, update["rate"], update["divisor"], answer)
 
         def done(_: None) -> None:
+            assert self._update is not None
+            askers, self._update = self._update[1], None
             self._updating, self.version = False, done_number
             self._forget(outcome)
             self._pulls.answer_all(done_number)
             self._rows.look_up(done_number)
-            self.answer(sender, Kind.APPLIED, {"number": done_number})
+            for asker in sorted(askers):
+                self.answer(asker, Kind.APPLIED, {"number": done_number})
             for event in self.setup.chaos.due(done_number):
                 self.loop.suffer(event)
 
@@ -634,6 +685,7 @@ class Server:
         # Those before us listen, we call; a guest calls all.
         self.peers.call(self.loop, now, everybody=self.admission.waits)
         self.admission.tick(now)
+        self._ask_whom_they_follow(now)
         if now - self._begun > self.setup.rules.join_seconds and not self.admission.waits:
             for server in self.peers.missing:
                 self.lose_server(server, "it did not come")
@@ -641,7 +693,9 @@ class Server:
             self._stuck_since = self._stuck_since or now
             self._see_whether_it_is_over(now - self._stuck_since)
             return
-        self._stuck_since = None
+        if self._stuck_since is not None:
+            self._stuck_since = None
+            self.go_on_without_lost()
         if self.board is not None and self.board.active:
             self._go_on(now)
             self._tell_status(now)

@@ -156,7 +156,7 @@ class _Held:
     squares: float = 0.0  # of the sum of gradients of the last round
     replica: torch.Tensor | None = None  # what workers have, where updates go as what it lacks
     steps: list[tuple[int, torch.Tensor]] = field(default_factory=list)  # version -> how it moved
-    num_sending: int = 0  # times that its parameters are on their way out
+    sending: list[None] = field(default_factory=list)  # its parameters, on their way out
     moments: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -280,9 +280,14 @@ class Table:
         return bytes_of(mine[key])
 
     def came(self, source: Source, key: int) -> None:
-        """The bytes of a gradient, for which there was room, are all here."""
-        self._filling[source, key] -= 1
-        self._here.setdefault(source, set()).add(key)
+        """The bytes of a gradient are all here; if there was no room for it, nothing changes."""
+        if self._filling.get((source, key), 0) > 0:
+            self._filling[source, key] -= 1
+            self._here.setdefault(source, set()).add(key)
+
+    def has(self, source: Source, key: int) -> bool:
+        """Is the gradient of a block here, whole?"""
+        return key in self._here.get(source, ())
 
     def gradient_bytes(self, key: int) -> int:
         """Return the bytes of a gradient of a block.
@@ -307,12 +312,8 @@ class Table:
         held = self._held[key]
         if 1 <= part <= len(held.moments):
             tensor = tensor.clone()  # an update writes to moments themselves
-        held.num_sending += 1
-
-        def sent() -> None:
-            held.num_sending -= 1
-
-        return bytes_of(tensor), sent
+        held.sending.append(None)
+        return bytes_of(tensor), held.sending.pop
 
     def steps_since(self, key: int, version: int, now: int) -> memoryview | None:
         """Return how a block's replica has moved from `version` to `now`, message after message;
@@ -345,7 +346,8 @@ class Table:
     def detach_sent(self) -> None:
         """Let what is on its way out be as it was when it left; updates go to new memory."""
         for held in self._held.values():
-            if held.num_sending:
+            if held.sending:
+                held.sending = []  # what is new is not on its way
                 bucket = held.bucket
                 held.replica = None if held.replica is None else held.replica.clone()
                 if bucket.low_params is not None:

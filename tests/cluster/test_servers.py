@@ -275,11 +275,11 @@ import bigtrain.trainer as trainer
 
 save = trainer.save
 
-def fatal(folder, state, *rest):
+def fatal(folder, state, *rest, **more):
     if state.step == 8 and not os.path.exists("killed"):
         open("killed", "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
-    return save(folder, state, *rest)
+    return save(folder, state, *rest, **more)
 
 trainer.save = fatal
 """

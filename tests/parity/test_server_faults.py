@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from server_world import TOKEN, World, initial, leaves_nothing, specs_of, wait_for, world
+import torch
+from server_world import TOKEN, World, alone, initial, leaves_nothing, specs_of, wait_for, world
 
 from bigtrain.server.client import Client, receivers_of
+from bigtrain.server.link import Link
 from bigtrain.server.protocol import Kind, Who
 from bigtrain.server.table import bytes_of
 
@@ -214,6 +218,134 @@ def test_a_sum_does_not_wait_for_who_has_gone_on() -> None:
     [(found, version)] = sums
     assert found == [1.0]
     assert version < 10, "it was told when the other had left"
+
+
+# -- servers that lose each other ------------------------------------------------------------------
+
+
+def test_the_board_dies_while_another_updates() -> None:
+    """The next board orders the update again; it is made once."""
+    with world(servers=3, replicas=2, workers=2, steps=8) as some:
+        slow, fast = some.servers[1].table, some.servers[0].table
+        apply, apply_fast = slow.apply, fast.apply
+
+        def late(version: int, *rest: Any) -> None:
+            if version == 4:
+                time.sleep(0.5)
+            apply(version, *rest)
+
+        def fatal(version: int, *rest: Any) -> None:
+            apply_fast(version, *rest)
+            if version == 4:
+                threading.Thread(target=some.kill_server, args=(0,)).start()
+
+        slow.apply, fast.apply = late, fatal  # type: ignore[method-assign]
+        some.start()
+        some.wait()
+        some.wait_servers()
+        assert [server.num_updates for server in some.servers[1:]] == [8, 8]
+        for worker in some.workers.values():
+            assert all(map(torch.equal, worker.params, alone(8, 2)))
+
+
+@pytest.mark.parametrize("servers", [2, 3])
+@pytest.mark.parametrize("how", ["closed", "deaf"])
+def test_two_servers_that_live_lose_their_link(servers: int, how: str) -> None:
+    """All workers reach both, and follow one; the other ends."""
+    with world(servers=servers, replicas=2, workers=4, steps=10**6, lease=1.0) as some:
+        workers = some.start(seconds=0.01)
+        some.wait_version(10)
+        some.wait_whole()
+        first, second = some.servers[:2]
+        first.loop.call(lambda: do_to(first.peers.links[1], how))
+        second.loop.call(lambda: do_to(second.peers.links[0], how))
+        wait_for("one of them to end", lambda: 1 in some.failures)
+        some.wait_version(some.version + 10)
+        some.steps = some.version + 5
+        for worker in workers:
+            worker.leave_at = some.steps
+        some.wait()
+        some.shares()
+        assert "the run may go on at the other side" in str(some.failures.pop(1))
+        assert not some.failures
+        assert [r.workers for r in some.rounds()] == [(0, 1, 2, 3)] * some.steps
+
+
+def do_to(link: Link, how: str) -> None:
+    if how == "closed":
+        link.sock.shutdown(socket.SHUT_RDWR)
+        return
+
+    def swallow(events: int) -> None:
+        with contextlib.suppress(OSError):
+            link.sock.recv(1 << 20)
+
+    link.on_event = swallow  # type: ignore[method-assign]
+    link._queue = lambda data, sent=None: sent() if sent else None  # type: ignore[method-assign]
+
+
+def test_a_worker_ends_long_after_a_server_was_lost() -> None:
+    """Nothing was heard of that server; it is no cut network if the worker was seen to end."""
+    with world(servers=2, replicas=2, workers=2, steps=10**6, lease=0.5) as some:
+        some.start(seconds=0.01)
+        some.wait_version(5)
+        some.cut("server", 1, 1000.0)
+        wait_for("the run to go on", lambda: some.servers[0].peers.followed and some.version > 5)
+        some.wait_version(some.version + 20)
+        some.workers[1].vanish()
+        time.sleep(1.5)  # three leases
+        some.wait_version(some.version + 5)
+        some.workers[0].leave_at = 0
+        some.wait()
+        assert 0 not in some.failures
+
+
+def test_what_is_sent_again_changes_nothing() -> None:
+    """It may be of the next round by then: the link was cut while the worker waited."""
+    with world(servers=2, replicas=2, workers=2, steps=10, lease=3.0) as some:
+
+        def send_again() -> None:
+            for spec, values in zip(specs_of(2, 2), initial(), strict=True):
+                for server in spec.servers:
+                    wrong = bytes_of(values.fill_(1e6))
+                    client._links[server].send(Kind.PUSH, wrong, key=spec.key, step=5)
+
+        client = some.worker(0).client
+        some.worker(1, seconds=0.2)
+        wait_for("its report", lambda: (client._report or {}).get("clock") == 5)
+        client._loop.call(send_again)
+        some.wait()
+        assert all(map(torch.equal, some.workers[0].params, alone(10, 2)))
+
+
+def test_what_makes_no_sense_costs_the_link_that_it_came_by() -> None:
+    """It was kept for the time when its server keeps the board; no server's link is lost."""
+    with world(servers=3, replicas=2, workers=2, steps=10**6) as some:
+        workers = some.start(seconds=0.02)
+        some.wait_version(5)
+        some.wait_whole()
+        client = workers[1].client
+        client._loop.call(lambda: client._links[1].say(Kind.REPORT, {"clock": "x"}))
+        wait_for("it to be there", lambda: some.servers[1]._early)
+        some.kill_server(0)
+        some.wait_version(some.version + 10)
+        assert some.servers[1].alive == {1, 2}
+        for worker in workers:
+            worker.leave_at = some.version + 5
+        some.wait()
+        assert not some.failures
+
+
+def test_gradients_that_come_too_late_leave_nothing() -> None:
+    with world(servers=1, workers=3, steps=60, quorum=2, grace_seconds=0.0, lease=3.0) as some:
+        some.worker(0, seconds=0.004)
+        some.worker(1, seconds=0.004)
+        some.worker(2, seconds=0.02)
+        some.wait_version(59)
+        table = some.servers[0].table
+        sizes = len(table._here), len(table._filling), len(table._gradients)
+        some.wait()
+    assert max(sizes) <= 3 * 3 * 2, sizes
 
 
 # -- servers that come back ------------------------------------------------------------------------

@@ -60,6 +60,7 @@ def seat_of(worker: Worker, turn: dict[str, Any]) -> Any:
     return SimpleNamespace(
         client=worker.client,
         worker=worker.index,
+        turn=turn,
         workers=[part[0] for part in turn["outcome"]["parts"]],
         server=worker.world.rules,
         mesh=SimpleNamespace(world=ALONE, rank=0),

@@ -973,6 +973,16 @@ def test_strangers_that_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         for peer in peers:
             peer.wait_closed()
         assert_run_goes_on(some)
+
+
+def test_strangers_keep_nobody_out() -> None:
+    """As many wait as are let, and others come after them, while workers call."""
+    with world(workers=2, steps=20) as some, contextlib.ExitStack() as stack:
+        for number in range(2 * links._MOST_STRANGERS):
+            stack.enter_context(Peer(some))
+            if number == links._MOST_STRANGERS:
+                some.start(seconds=0.01)
+        assert_run_goes_on(some)
         assert_as_alone(some)
 
 
