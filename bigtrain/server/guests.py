@@ -61,7 +61,7 @@ class Guests:
             return False
         del self._links[who.index]
         board = self._server.board
-        if board is not None and board.is_open:
+        if board is not None and board.active:
             board.on_guest_lost(who.index, time.monotonic())
         return True
 

@@ -375,6 +375,29 @@ def test_the_board_dies_while_a_guest_waits() -> None:
         wait_for("it to be let in", lambda: all(s.alive == {1, 2} for s in two))
 
 
+def test_a_guest_ends_while_the_board_asks_how_far_all_are() -> None:
+    """It is not waited for, or all would for ever."""
+    found: list[set[int]] = []
+    with world(servers=2, replicas=2, workers=2, steps=10**6) as some:
+        some.start(seconds=0.5)
+        some.wait_version(1)
+        some.kill_server(1)
+        some.server(1, incarnation=1)
+        first, board = some.servers[0], some.servers[0].board
+        assert board is not None
+        wait_for("its call", lambda: 1 in board._waiting)
+
+        def end() -> None:
+            board._asked = {0}
+            first.guests._links[1].close("it is gone")
+            found.append(set(board._waiting))
+            board._asked = set()
+
+        first.loop.call(end)
+        wait_for("its end", lambda: found)
+    assert found == [set()]
+
+
 def test_two_servers_come_back_together() -> None:
     """They meet as guests; who is let in first is no guest for the other then."""
     with world(servers=3, replicas=3, workers=2, steps=10**6) as some:
