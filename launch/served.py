@@ -183,15 +183,19 @@ class ServedRun:
         return any(part.is_over and part.ended is None for part in self._of("worker"))
 
     def _end_returned(self, now: float) -> None:
-        """End workers that came back when the work was done: nobody is there any more to join."""
+        """End workers that came back when the work was done, and those that stand still: nobody is
+        there any more whom they could join."""
         served = any(part.runs for part in self._of("server"))
         self._unserved_since = None if served else self._unserved_since or now
-        late = self._unserved_since is not None and now - self._unserved_since > _SERVERS_SECONDS
+        seconds = now - self._unserved_since if self._unserved_since is not None else 0.0
+        patience = max(_SERVERS_SECONDS, self.config.launch.stop_seconds)
         for part in self._of("worker"):
             if part.start_at is not None:
                 part.start_at, part.is_over = None, True
                 self.say(f"{part.who} is not started again: others have done the work")
-            elif late and part.runs and part.incarnation:
+            elif part.runs and seconds > (_SERVERS_SECONDS if part.incarnation else patience):
+                if not part.incarnation:
+                    self.say(f"{part.who} does not end, and is ended: others have done the work")
                 for rank in part.team.ranks:
                     rank.ended_by_us = rank.code is None
                 part.team.end()

@@ -155,6 +155,12 @@ class Board:
         """Does it keep the board, and know how far all are?"""
         return self.active and not self._asked
 
+    @property
+    def silent(self) -> frozenset[int]:
+        """Workers that rounds or sums were made without, since they stand still."""
+        stalled = {w for w, member in self.rounds.members.items() if member.stalled}
+        return frozenset(self._silent | stalled)
+
     # -- taking over ---------------------------------------------------------------------------
 
     def note(self, kind: Kind, content: dict[str, Any]) -> None:

@@ -381,8 +381,9 @@ class Client:
     def opened(self, link: Link, greeting: dict[str, Any]) -> None:
         server, identity = link.target, str(greeting.get("identity"))
         alive = greeting.get("alive") or []  # none: it is not part of the run itself (yet)
-        asks = bool(greeting.get("asks"))  # whether we follow it: if there is no other
-        if server in self._dead | self._left or not alive or (asks and self._links):
+        asks = bool(greeting.get("asks"))  # whether we follow it, and not those that it has lost
+        torn = asks and not self._links.keys() <= set(alive)
+        if server in self._dead | self._left or not alive or torn:
             link.close("it was given up, or started again, and does not hold what it should")
             return
         if self._identities.get(server, identity) != identity:  # it was let in meanwhile

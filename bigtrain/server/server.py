@@ -104,12 +104,11 @@ class Server:
         self._arrivals = Arrivals(setup.fragments)
         self._pulls = Pulls(self.table)
         self._rows = RowTraffic(self.table.rows, self._do)
-        self._updating = False
         self._update: tuple[int, set[int]] | None = None  # at hand: its number, who is to be told
         self._jobs = ThreadPoolExecutor(1, thread_name_prefix="bigtrain updates")
         self._told: set[tuple[int, int]] = set()  # who knows whether we want its values
         self._someone_left = self._is_told_over = self._is_over = False
-        self._status_at = 0.0
+        self._status_at = self._left_at = 0.0
         self._begun = time.monotonic()
         self._rate: list[tuple[float, int]] = []
 
@@ -316,10 +315,16 @@ class Server:
         self._end_if_over()
 
     def _end_if_over(self) -> None:
-        """End when all workers have left. Whether they have, the board knows: a server that was let
-        in just now has not seen all of them."""
-        knows = self._is_told_over or (self.board is not None and self.board.active)
-        if self._someone_left and knows and not self._workers and not self._is_over:
+        """End when all workers have left, or all but those that stand still. Whether they have, the
+        board knows: a server that was let in just now has not seen all of them."""
+        board, now = self.board, time.monotonic()
+        keeps = board is not None and board.active
+        if not self._someone_left or self._is_over or not (self._is_told_over or keeps):
+            return
+        still = board.silent if board is not None and keeps else self.linked  # others know
+        if not self.linked - still and (
+            not self.linked or now - self._left_at > self.setup.rules.stall_seconds
+        ):
             self.peers.say(Kind.BYE)
             self.stop()
 
@@ -377,6 +382,7 @@ class Server:
         if header.kind is Kind.BYE and who.role == "server":
             self.peers.lose(who.index, silent=False)
             self._someone_left = self._is_told_over = True
+            self._left_at = time.monotonic()
             self._end_if_over()
         elif header.kind is Kind.VALUES:
             if rows is not None:  # else they are in their place
@@ -401,7 +407,7 @@ class Server:
         elif header.kind is Kind.FILLED:
             self._on_filled(who, content)
         elif header.kind is Kind.BYE:
-            self._someone_left = True
+            self._someone_left, self._left_at = True, time.monotonic()
             if self.board is not None:
                 self.board.on_worker_left(who.index)
             link.close("it has left")
@@ -516,7 +522,7 @@ class Server:
     def _on_pull(self, link: Link, header: Header, content: dict[str, Any]) -> None:
         have = number(content, "have") if "have" in content else None
         self._pulls.add(header.key, Pull(link, header.part, header.step, have))
-        if header.step <= self.version and not self._updating:
+        if header.step <= self.version and self._update is None:
             self._pulls.answer(header.key, self.version)
 
     # -- orders of the board, and answers ------------------------------------------------------
@@ -613,7 +619,6 @@ class Server:
         self.board.note(Kind.APPLY, content)
         update, outcome = content["update"], Closed.from_message(content["outcome"])
         self.table.detach_sent()
-        self._updating = True
 
         def answer(key: int) -> None:
             self.loop.call(lambda: self._pulls.answer(key, done_number))
@@ -625,7 +630,7 @@ class Server:
         def done(_: None) -> None:
             assert self._update is not None
             askers, self._update = self._update[1], None
-            self._updating, self.version = False, done_number
+            self.version = done_number
             self._forget(outcome)
             self._pulls.answer_all(done_number)
             self._rows.look_up(done_number)

@@ -306,6 +306,40 @@ def test_a_worker_is_killed_in_the_last_save(bench: Bench, mode: Sequence[str]) 
     run.assert_clean()
 
 
+HANGING = """
+import os, time
+from parts import model
+import bigtrain.trainer as trainer
+
+step = trainer.Trainer.train_step
+
+def hang(self, *args, **kwargs):
+    if self.step == 3 and os.environ["BIGTRAIN_WORKER"] == "1":
+        time.sleep(1000)
+    return step(self, *args, **kwargs)
+
+trainer.Trainer.train_step = hang
+"""
+
+
+def test_a_worker_stands_still_for_ever(bench: Bench) -> None:
+    """Its links live. The others wait once, end the run without it, and it is ended, too."""
+    (bench.path / "hanging.py").write_text(HANGING)
+    run = bench.start(
+        *SYNC,
+        *UNEVEN,
+        "model.factory=hanging:model",
+        "train.steps=12",
+        "parallel.timeout_seconds=6",
+        "launch.stop_seconds=3",
+    )
+    assert run.wait() == 0, run.shown
+    assert "worker 1 does not end, and is ended" in run.shown
+    assert run.checkpoints() == ["step-00000012"]
+    assert len(run.losses()) == 12
+    run.assert_clean()
+
+
 def test_the_launcher_ends(bench: Bench) -> None:
     """No process outlives it, neither server nor worker."""
     run = bench.start(*TWO, *SLOW, "train.steps=2000")

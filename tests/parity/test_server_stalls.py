@@ -146,6 +146,25 @@ def test_the_end_does_not_wait_for_who_hangs(caplog: pytest.LogCaptureFixture) -
     assert caplog.text.count("the end: goes on without worker(s) 0") == 1
 
 
+@pytest.mark.parametrize("servers", [1, 2])
+def test_servers_do_not_wait_for_who_hangs(servers: int) -> None:
+    """All others have left, long since."""
+
+    def busy(me: Worker, turn: dict[str, Any]) -> None:
+        if me.index == 2 and turn["version"] == 3:
+            hang(me)
+        if turn["version"] == 6:
+            me.client.add_up(THE_END, 6, range(3), [1.0])
+
+    rules = {"steps": 6, "last": 6, "stall_seconds": STALL, "replicas": servers}
+    with world(workers=3, servers=servers, **rules) as some:
+        workers = start(some, busy)
+        some.wait(*workers[:2])
+        some.wait_servers()
+        assert workers[2].is_alive()
+        assert not some.failures
+
+
 def test_the_cursor_does_not_wait_for_who_hangs() -> None:
     """A run that goes on from a checkpoint reads at most a round of samples again."""
 
