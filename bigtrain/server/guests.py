@@ -37,12 +37,12 @@ class Guests:
         server = self._server
         old = server.peers.links.pop(who.index, None)
         if old is not None or (who.index not in server.peers.dead and not server.admission.waits):
-            server.lose_server(who.index, "it was started again")
+            server.standing.lose(who.index, "it was started again")
         if old is not None:
             old.close("it was started again")
         server.peers.know(who)
         if server.peers.ended(who.index):
-            server.go_on_without_lost()
+            server.standing.go_on()
         self._links[who.index] = link
         self._incarnations[who.index] = who.incarnation
         if self._owed.pop(who.index, -1) == who.incarnation:
@@ -87,7 +87,7 @@ class Guests:
         """A guest has room for what it is to hold, or the board orders to give it that."""
         server, guest = self._server, number(content, "guest")
         if sender == guest:
-            server.order(Kind.ADOPT, self._order)
+            server.orders.give(Kind.ADOPT, self._order)
         elif server.setup.index not in content["sources"]:
             return
         elif guest not in self._links:
@@ -97,7 +97,7 @@ class Guests:
 
     def let_in(self, guest: int) -> None:
         """Have all know that it is one of us."""
-        self._server.order(Kind.ALIVE, {"server": guest})
+        self._server.orders.give(Kind.ALIVE, {"server": guest})
         self.on_alive(guest)
 
     def turn_away(self, guest: int) -> None:
@@ -109,7 +109,7 @@ class Guests:
         """It is one of us."""
         if guest in self._links:
             self._server.peers.take_back(guest, self._links.pop(guest))
-            self._server.tell_who_lives()
+            self._server.standing.tell_who_lives()
 
     # -- giving --------------------------------------------------------------------------------
 
@@ -199,7 +199,7 @@ class Admission:
         server.table.build()
         self._sources = set(content["sources"])
         self._order = content
-        server.answer(sender, Kind.ADOPT, {"guest": server.setup.index})
+        server.orders.answer(sender, Kind.ADOPT, {"guest": server.setup.index})
         self._see_whether_all_is_here()
 
     def on_filled(self, source: int) -> None:

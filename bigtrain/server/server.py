@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,18 +12,19 @@ from typing import Any
 
 import torch
 
-from bigtrain.errors import BigtrainError, CommError
 from bigtrain.server.board import Board, Policy
 from bigtrain.server.chaos import Chaos
 from bigtrain.server.coding import Coding
 from bigtrain.server.fragments import Fragments, number_of
 from bigtrain.server.guests import Admission, Guests
 from bigtrain.server.link import Link, Loop
+from bigtrain.server.orders import Orders, is_over_by
 from bigtrain.server.peers import Peers
 from bigtrain.server.protocol import PAGE, Header, Kind, Malformed, Who, nonce, number
 from bigtrain.server.rounds import Closed, Rounds, Rules
 from bigtrain.server.rows import RowTables
 from bigtrain.server.shares import Shares
+from bigtrain.server.standing import Standing
 from bigtrain.server.status import write_status
 from bigtrain.server.table import (
     MakeOptimizer,
@@ -92,22 +92,19 @@ class Server:
         self.peers = Peers(setup.index, setup.addresses, setup.incarnation)
         self.guests = Guests(self)
         self.admission = Admission(self, waits=setup.incarnation > 0)
+        self.standing, self.orders = Standing(self), Orders(self)
         self.specs: dict[int, Spec] = {}  # all blocks, of which we hold some
         self.about: dict[str, Any] = {}
-        self._stuck_since: float | None = None  # since when we may not decide
-        self._ended: set[int] = set()  # workers whose links were closed by themselves
         self.board: Board | None = None
         self._declared: dict[int, set[int]] = {}  # worker -> ranks
         self._filled: set[int] = set()  # ranks of the worker that fills us which are done
         self._is_filled = False
         self._early: list[tuple[Link, Kind, dict[str, Any]]] = []  # for a board that is none yet
         self._arrivals = Arrivals(setup.fragments)
-        self._pulls = Pulls(self.table)
-        self._rows = RowTraffic(self.table.rows, self._do)
-        self._update: tuple[int, set[int]] | None = None  # at hand: its number, who is to be told
-        self._jobs = ThreadPoolExecutor(1, thread_name_prefix="bigtrain updates")
+        self.pulls = Pulls(self.table)
+        self._rows = RowTraffic(self.table.rows, self.orders.do)
         self._told: set[tuple[int, int]] = set()  # who knows whether we want its values
-        self._someone_left = self._is_told_over = self._is_over = False
+        self.someone_left = self._is_told_over = self._is_over = False
         self._status_at = self._left_at = 0.0
         self._begun = time.monotonic()
         self._rate: list[tuple[float, int]] = []
@@ -123,7 +120,7 @@ class Server:
         try:
             self.loop.run()
         finally:
-            self._jobs.shutdown(wait=True, cancel_futures=True)
+            self.orders.close()
         failure = self.failure or self.loop.error
         if failure is not None:
             raise failure
@@ -153,39 +150,7 @@ class Server:
 
     @property
     def may_decide(self) -> bool:
-        """Is all here, and is it sure that the run does not go on without us?"""
-        return not self._may_be_cut_off() and self._lost_block is None
-
-    def _may_be_cut_off(self) -> bool:
-        """A server that we have no link with may live: on the other side of a cut, or what is
-        between us has closed the link. Only one side may go on: that which more than half of the
-        workers follow; a worker follows one at a time. If later as many say nothing either, the
-        network is cut where we are."""
-        peers = self.peers
-        if not peers.silent or self._someone_left or not peers.leads:
-            return False
-        return not peers.followed or not self._is_more_than_half(self.linked | self._ended)
-
-    def _is_more_than_half(self, workers: Collection[int]) -> bool:
-        return 2 * len(workers) > self.setup.rules.workers
-
-    def _ask_whom_they_follow(self, now: float) -> None:
-        """See whether workers follow us and not servers of which nothing is heard."""
-        peers = self.peers
-        if not peers.silent or peers.followed or not peers.leads or now < peers.ask_at:
-            return
-        for (worker, rank), link in list(self._workers.items()):
-            if rank == 0 and worker not in peers.followers:
-                link.say(Kind.ALIVE, {"alive": self.seniority, "asks": True})
-
-    def _on_follows(self, worker: int, content: dict[str, Any]) -> None:
-        peers = self.peers
-        if content.get("alive") != self.seniority or peers.followed:
-            return
-        peers.followers.add(worker)
-        if self._is_more_than_half(peers.followers & self.linked):
-            peers.followed = True
-            self.go_on_without_lost()
+        return self.standing.may_decide
 
     @property
     def num_updates(self) -> int:
@@ -195,6 +160,14 @@ class Server:
     @property
     def linked(self) -> frozenset[int]:
         return frozenset(worker for worker, _ in self._workers)
+
+    @property
+    def is_at_end(self) -> bool:
+        """Does it matter no more who lives?"""
+        return self._is_over or self._is_told_over
+
+    def links_of_workers(self) -> list[Link]:
+        return list(self._workers.values())
 
     def tell(self, worker: int, kind: Kind, content: dict[str, Any]) -> None:
         link = self._workers.get((worker, 0))
@@ -206,9 +179,7 @@ class Server:
             link.refuse(why)
 
     def order(self, kind: Kind, content: dict[str, Any]) -> None:
-        self.peers.say(kind, content)
-        # Not before what we do now is done: an order follows from another.
-        self.loop.call(lambda: self._obey(kind, content, self.setup.index))
+        self.orders.give(kind, content)
 
     # -- links ---------------------------------------------------------------------------------
 
@@ -222,12 +193,12 @@ class Server:
             if known.who.incarnation > who.incarnation:
                 raise Malformed(f"{who} was started again since")
             known.close("it has come by another link")
-        knows = not self.admission.waits and not self._is_over and self._lost_block is None
+        knows = not self.admission.waits and not self._is_over and self.standing.lost_block is None
         return {
             "identity": self.identity,
             "alive": self.seniority if knows else [],
             "guest": self.admission.waits,
-            "asks": self._may_be_cut_off(),
+            "asks": self.standing.may_be_cut_off,
         }
 
     def opened(self, link: Link, greeting: dict[str, Any]) -> None:
@@ -241,14 +212,14 @@ class Server:
             if link.calls is not None:
                 self.admission.met(link, greeting)
             self.peers.links[who.index] = link
-            self._see_who_keeps_the_board()
+            self.see_who_keeps_the_board()
         else:
             self._workers[who.index, who.rank] = link
-            self._ended.discard(who.index)
+            self.standing.ended.discard(who.index)
 
     def closed(self, link: Link, why: str) -> None:
         who = link.who
-        self._pulls.drop(link)
+        self.pulls.drop(link)
         self._rows.drop(link)
         self._early = [frame for frame in self._early if frame[0] is not link]
         self.admission.closed(link)
@@ -258,48 +229,12 @@ class Server:
             return
         if who.role == "server" and self.peers.links.get(who.index) is link:
             del self.peers.links[who.index]
-            self.lose_server(who.index, why, silent=True)
+            self.standing.lose(who.index, why, silent=True)
         elif who.role == "worker" and self._workers.get((who.index, who.rank)) is link:
             del self._workers[who.index, who.rank]
             if not link.silent:
-                self._ended.add(who.index)
+                self.standing.ended.add(who.index)
             self._lose_worker(who, why)
-
-    def lose_server(self, server: int, why: str, *, silent: bool = False) -> None:
-        at_end = self._is_over or self._is_told_over
-        if at_end or server in self.peers.dead:
-            return
-        if self.admission.waits:
-            self.fail(CommError(f"server {server}: {why}, while it was to let us in"))
-            return
-        self.peers.lose(server, silent=silent, patience=self.setup.lease_seconds / 4)
-        log.warning("server %d: %s; the run goes on without it", server, why)
-        self._ask_whom_they_follow(time.monotonic())
-        self.go_on_without_lost()
-
-    def go_on_without_lost(self) -> None:
-        """Go on, if it is sure that servers that were lost do not."""
-        if self._may_be_cut_off() or self._lost_block is not None:
-            return  # nothing can go on here (yet): see `tick`
-        self.tell_who_lives()
-        self._see_who_keeps_the_board()
-        if self.board is not None:
-            self.board.on_server_lost(time.monotonic())
-            self._go_on(time.monotonic())
-
-    @property
-    def _lost_block(self) -> int | None:
-        """The first block that no server holds any more that lives."""
-        if self._is_over or self._is_told_over or not self.peers.dead:
-            return None
-        alive = self.alive
-        return next((s.key for s in self.specs.values() if alive.isdisjoint(s.servers)), None)
-
-    def tell_who_lives(self) -> None:
-        """Tell workers: whoever waits for a server that is gone, or at another board, must know."""
-        if self.may_decide and self.peers.leads:
-            for link in list(self._workers.values()):
-                link.say(Kind.ALIVE, {"alive": self.seniority})
 
     def _lose_worker(self, who: Who, why: str) -> None:
         if who.index == _FILLER and not self._is_filled:
@@ -308,7 +243,7 @@ class Server:
         self._told.discard((who.index, who.rank))
         if self.board is not None:
             self.board.on_worker_lost(who.index, why)
-            self._go_on(time.monotonic())
+            self.go_on(time.monotonic())
         first = self._workers.get((who.index, 0))
         if first is not None and self.board is not None and self.board.active:
             first.close("another rank of it is gone")  # it comes again, and says where it is
@@ -319,7 +254,7 @@ class Server:
         board knows: a server that was let in just now has not seen all of them."""
         board, now = self.board, time.monotonic()
         keeps = board is not None and board.active
-        if not self._someone_left or self._is_over or not (self._is_told_over or keeps):
+        if not self.someone_left or self._is_over or not (self._is_told_over or keeps):
             return
         still = board.silent if board is not None and keeps else self.linked  # others know
         if not self.linked - still and (
@@ -328,9 +263,9 @@ class Server:
             self.peers.say(Kind.BYE)
             self.stop()
 
-    def _see_who_keeps_the_board(self) -> None:
+    def see_who_keeps_the_board(self) -> None:
         """Keep the board, if it is our turn."""
-        if self.admission.waits or self._may_be_cut_off():
+        if self.admission.waits or self.standing.may_be_cut_off:
             return
         waits = self.board is not None and not self.board.active
         if self.board is not None and self.peers.leads and waits and not self.peers.missing:
@@ -381,7 +316,7 @@ class Server:
             raise Malformed(f"{header.kind.name} from {who}")
         if header.kind is Kind.BYE and who.role == "server":
             self.peers.lose(who.index, silent=False)
-            self._someone_left = self._is_told_over = True
+            self.someone_left = self._is_told_over = True
             self._left_at = time.monotonic()
             self._end_if_over()
         elif header.kind is Kind.VALUES:
@@ -390,7 +325,7 @@ class Server:
         elif header.kind is Kind.FILLED and who.role == "server":
             self.admission.on_filled(who.index)
         elif who.role == "server":
-            self._obey(header.kind, content, who.index)
+            self.orders.obey(header.kind, content, who.index)
         elif header.kind is Kind.PUSH:
             self._on_push(who, header, rows)
         elif header.kind is Kind.PULL:
@@ -407,12 +342,12 @@ class Server:
         elif header.kind is Kind.FILLED:
             self._on_filled(who, content)
         elif header.kind is Kind.BYE:
-            self._someone_left, self._left_at = True, time.monotonic()
+            self.someone_left, self._left_at = True, time.monotonic()
             if self.board is not None:
                 self.board.on_worker_left(who.index)
             link.close("it has left")
         elif header.kind is Kind.FOLLOWS and who.rank == 0:
-            self._on_follows(who.index, content)
+            self.standing.on_follows(who.index, content)
         elif header.kind in (Kind.READY, Kind.REPORT, Kind.OFFER) and who.rank == 0:
             self._on_board_frame(link, header.kind, content)
         else:
@@ -473,7 +408,7 @@ class Server:
         if len(self._filled) < who.ranks:
             return
         self.begin(content)
-        self._see_who_keeps_the_board()
+        self.see_who_keeps_the_board()
         self._offer_to_be_filled()
 
     def begin(self, about: dict[str, Any]) -> None:
@@ -521,11 +456,11 @@ class Server:
 
     def _on_pull(self, link: Link, header: Header, content: dict[str, Any]) -> None:
         have = number(content, "have") if "have" in content else None
-        self._pulls.add(header.key, Pull(link, header.part, header.step, have))
-        if header.step <= self.version and self._update is None:
-            self._pulls.answer(header.key, self.version)
+        self.pulls.add(header.key, Pull(link, header.part, header.step, have))
+        if header.step <= self.version and not self.orders.is_updating:
+            self.pulls.answer(header.key, self.version)
 
-    # -- orders of the board, and answers ------------------------------------------------------
+    # -- what workers tell the board -----------------------------------------------------------
 
     def _on_board_frame(self, link: Link, kind: Kind, content: dict[str, Any]) -> None:
         who, board, now = link.who, self.board, time.monotonic()
@@ -541,130 +476,22 @@ class Server:
             board.on_report(who.index, content)
         else:
             board.on_offer(who.index, content)
-        self._go_on(now)
+        self.go_on(now)
 
-    def _obey(self, kind: Kind, content: dict[str, Any], sender: int) -> None:
-        """Do what a board orders, or take what a server answers."""
-        board, now = self.board, time.monotonic()
-        if kind is Kind.STATE and not content:
-            state = board.state() if board is not None else {}
-            self.answer(sender, Kind.STATE, {"server": self.setup.index, **state})
-            return
-        if kind is Kind.ADOPT:
-            if content.get("guest") == self.setup.index:
-                self.admission.on_adopt(content, sender)
-            else:
-                self.guests.on_adopt(content, sender)
-        if kind is Kind.ALIVE:
-            self.guests.on_alive(number(content, "server"))
-        if board is None:
-            return
-        if kind is Kind.JOINED:
-            board.on_joined(sender, now)
-        elif kind is Kind.STATE:
-            board.on_state(sender, content, now)
-        elif kind is Kind.ROUND:
-            board.note(kind, content)
-            self._on_round(content, sender)
-        elif kind is Kind.APPLY:
-            self._on_apply(content, sender)
-        elif kind is Kind.SQUARES:
-            board.on_squares(sender, content, now)
-        elif kind is Kind.APPLIED:
-            board.on_applied(sender, number(content, "number"), now)
-        if board.is_open:
-            early, self._early = self._early, []
-            for link, frame, what in early:
-                link.attempt(partial(self._on_board_frame, link, frame, what))
-            self._go_on(now)
+    def take_early_frames(self) -> None:
+        """The board is open: take what workers have said before."""
+        early, self._early = self._early, []
+        for link, frame, what in early:
+            link.attempt(partial(self._on_board_frame, link, frame, what))
 
-    def answer(self, server: int, kind: Kind, content: dict[str, Any]) -> None:
-        if server == self.setup.index:
-            self.loop.call(lambda: self._obey(kind, content, server))
-        elif server in self.peers.links:
-            self.peers.links[server].say(kind, content)
-
-    def _on_round(self, content: Mapping[str, Any], sender: int) -> None:
-        closed, alive = Closed.from_message(content["closed"]), content["alive"]
-        if closed.number <= (self._update[0] if self._update is not None else self.version):
-            return  # it is done already, or at hand: the board will see by APPLY
-        sources = [(part.worker, part.incarnation, part.clock) for part in closed.parts]
-        mine = [
-            key
-            for key in self.table.keys
-            if next(s for s in self.table.servers_of(key) if s in alive) == self.setup.index
-        ]
-
-        def work() -> dict[str, Any]:
-            missing = self.table.add_up(closed.number, sources)
-            liars = sorted({source[0] for source, _ in missing})
-            return {"missing": liars, "squares": 0.0 if liars else self.table.squares(mine)}
-
-        def done(found: dict[str, Any]) -> None:
-            answer = {"number": closed.number, "alive": alive, **found}
-            self.answer(sender, Kind.SQUARES, answer)
-
-        self._do(work, done)
-
-    def _on_apply(self, content: dict[str, Any], sender: int) -> None:
-        assert self.board is not None
-        done_number = number(content, "number")
-        if done_number <= self.version:
-            self.answer(sender, Kind.APPLIED, {"number": done_number})
-            return
-        if self._update is not None and self._update[0] == done_number:
-            self._update[1].add(sender)  # a new board, while we do what the one before has ordered
-            return
-        self._update = done_number, {sender}
-        self.board.note(Kind.APPLY, content)
-        update, outcome = content["update"], Closed.from_message(content["outcome"])
-        self.table.detach_sent()
-
-        def answer(key: int) -> None:
-            self.loop.call(lambda: self._pulls.answer(key, done_number))
-
-        def work() -> None:
-            if not update["skip"]:
-                self.table.apply(done_number, update["rate"], update["divisor"], answer)
-
-        def done(_: None) -> None:
-            assert self._update is not None
-            askers, self._update = self._update[1], None
-            self.version = done_number
-            self._forget(outcome)
-            self._pulls.answer_all(done_number)
-            self._rows.look_up(done_number)
-            for asker in sorted(askers):
-                self.answer(asker, Kind.APPLIED, {"number": done_number})
-            for event in self.setup.chaos.due(done_number):
-                self.loop.suffer(event)
-
-        self._do(work, done)
-
-    def _forget(self, closed: Closed) -> None:
-        """Drop what no later update will want."""
-        used = {part.worker: (part.incarnation, part.clock) for part in closed.parts}
-
-        def is_over(source: Source) -> bool:
-            worker, incarnation, clock = source
-            return self._is_old(clock) or (incarnation, clock) <= used.get(worker, (-1, -1))
-
+    def updated(self, version: int, outcome: Closed) -> None:
+        """Parameters are of `version` now: answer who waits, drop what no update will want."""
+        self.version = version
+        is_over = is_over_by(outcome, self._is_old)
         self.table.forget(is_over)
         self._arrivals.forget(is_over)
-
-    def _do(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
-        """Have `work` done on the other thread, one after the other, and `done` here."""
-
-        def ended(future: Future) -> None:
-            if future.cancelled():
-                return
-            error = future.exception()
-            if error is not None:
-                self.loop.call(lambda: self.fail(error))
-            else:
-                self.loop.call(lambda: done(future.result()))
-
-        self._jobs.submit(work).add_done_callback(ended)
+        self.pulls.answer_all(version)
+        self._rows.look_up(version)
 
     def fail(self, error: BaseException) -> None:
         """End, telling all workers why."""
@@ -675,7 +502,7 @@ class Server:
 
     # -- from time to time ---------------------------------------------------------------------
 
-    def _go_on(self, now: float) -> None:
+    def go_on(self, now: float) -> None:
         """Have the board do what can be done now, and look again when it may do more."""
         assert self.board is not None
         self.board.go_on(now)
@@ -690,44 +517,13 @@ class Server:
         # Those before us listen, we call; a guest calls all.
         self.peers.call(self.loop, now, everybody=self.admission.waits)
         self.admission.tick(now)
-        self._ask_whom_they_follow(now)
         if now - self._begun > self.setup.rules.join_seconds and not self.admission.waits:
             for server in self.peers.missing:
-                self.lose_server(server, "it did not come")
-        if not self.may_decide:
-            self._stuck_since = self._stuck_since or now
-            self._see_whether_it_is_over(now - self._stuck_since)
-            return
-        if self._stuck_since is not None:
-            self._stuck_since = None
-            self.go_on_without_lost()
-        if self.board is not None and self.board.active:
-            self._go_on(now)
+                self.standing.lose(server, "it did not come")
+        may = self.standing.tick(now)
+        if may and self.board is not None and self.board.active:
+            self.go_on(now)
             self._tell_status(now)
-
-    def _see_whether_it_is_over(self, seconds: float) -> None:
-        """End, if nothing can go on here for so long. Who hears nothing of servers may be cut off
-        itself: within the lease it hears nothing of workers either."""
-        lease, lost = self.setup.lease_seconds, self._lost_block
-        if self._may_be_cut_off() and seconds > 2 * lease:
-            self.fail(
-                CommError(
-                    f"server {self.setup.index} hears nothing of "
-                    f"{self.peers.named(self.peers.silent)}, and "
-                    "no more than half of the workers are here",
-                    why="the network is cut, and the run may go on at the other side",
-                    mend="resume from the last checkpoint, if it does not",
-                )
-            )
-        elif not self._may_be_cut_off() and (seconds > lease or not self.peers.silent):
-            self.fail(
-                BigtrainError(
-                    f"all servers that held block {lost} are gone",
-                    why="what they had since the last checkpoint is lost with them",
-                    mend="--resume goes on from the last checkpoint; with more server.replicas the "
-                    "run survives the end of more servers",
-                )
-            )
 
     def _tell_status(self, now: float) -> None:
         """Write how the run is, for `bigtrain status`."""

@@ -466,7 +466,7 @@ class World:
         """Return how all are, for whoever looks at a test that has failed."""
         lines = []
         for server in self.servers:
-            about = _of(server, "version", "alive", "_is_filled", "_update")
+            about = _of(server, "version", "alive", "_is_filled")
             links = {"servers": list(server.peers.links), "workers": list(server._workers)}
             thread = "runs" if self.threads[server].is_alive() else "has ended"
             lines.append(f"server {server.setup.index} {thread}: {about} {links}")
