@@ -229,7 +229,7 @@ class Server:
             return
         if who.role == "server" and self.peers.links.get(who.index) is link:
             del self.peers.links[who.index]
-            self.standing.lose(who.index, why, silent=True)
+            self.standing.lose_link(link, why)
         elif who.role == "worker" and self._workers.get((who.index, who.rank)) is link:
             del self._workers[who.index, who.rank]
             if not link.silent:

@@ -16,9 +16,12 @@ from bigtrain.errors import BigtrainError, CommError
 from bigtrain.server.protocol import Kind
 
 if TYPE_CHECKING:
+    from bigtrain.server.link import Link
     from bigtrain.server.server import Server
 
 log = logging.getLogger(__name__)
+
+_AT_ONCE = 0.25  # seconds
 
 
 class Standing:
@@ -59,15 +62,28 @@ class Standing:
 
     # -- servers that are lost -----------------------------------------------------------------
 
-    def lose(self, lost: int, why: str, *, silent: bool = False) -> None:
-        """A server is gone, as far as we can tell; silent: it may live."""
-        server, lease = self._server, self._server.setup.lease_seconds
+    def lose_link(self, link: Link, why: str) -> None:
+        """The link with a server is closed. If that lives, it notices, too, and asks workers first
+        if it is the elder: at once, or where nothing was heard, at another time than we do."""
+        assert link.who is not None
+        patience = self._server.setup.lease_seconds / 4
+        self.lose(
+            link.who.index,
+            why,
+            silent=True,
+            patience=patience if link.silent else min(patience, _AT_ONCE),
+        )
+
+    def lose(self, lost: int, why: str, *, silent: bool = False, patience: float = 0.0) -> None:
+        """A server is gone, as far as we can tell; silent: it may live. Then workers are asked whom
+        they follow; if we have not led so far, others may ask first, for `patience` seconds."""
+        server = self._server
         if server.is_at_end or lost in self._peers.dead:
             return
         if server.admission.waits:
             server.fail(CommError(f"server {lost}: {why}, while it was to let us in"))
             return
-        self._peers.lose(lost, silent=silent, patience=lease / 4)
+        self._peers.lose(lost, silent=silent, patience=patience)
         log.warning("server %d: %s; the run goes on without it", lost, why)
         self.ask(time.monotonic())
         self.go_on()
