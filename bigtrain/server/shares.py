@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _FAR_BEHIND = 4  # steps
+_MOST_AHEAD = 1 << 16  # steps that a worker may say that it is ahead of what is known
 
 
 @dataclass(frozen=True, order=True)
@@ -57,7 +58,8 @@ class Shares:
         """Tell whether nobody has read this, or reads it now."""
         known = 0 <= share.number < self.number
         ahead = share.cursor - self.next[share.number] if known else -1
-        return share in self.returned or (ahead >= 0 and ahead % self.batch == 0)
+        near = 0 <= ahead < _MOST_AHEAD * self.batch
+        return share in self.returned or (near and ahead % self.batch == 0)
 
     def adopt(self, worker: int, clock: int, share: Share) -> None:
         """Note that `worker` reads this, as it was told by somebody who is gone."""

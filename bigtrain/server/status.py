@@ -75,4 +75,5 @@ def status_lines(status: Mapping[str, Any], now: float) -> Iterator[str]:
     for worker in range(status["num_workers"]):
         if str(worker) not in status["workers"]:
             yield f"worker {worker}  is not there"
-    yield f"each server holds up to {status['held_bytes'] / 1e6:,.1f} MB"
+    held = status["held_bytes"] / 1e6
+    yield f"server {status['board']} holds {held:,.1f} MB, beside gradients that wait"

@@ -151,6 +151,7 @@ def test_what_is_free() -> None:
         Share(BATCH, -1),
         Share(-BATCH, 0),
         Share(BATCH + 1, 0),
+        Share(BATCH << 50, 0),
     ):
         assert not shares.is_free(share), "there is none such"
 

@@ -43,7 +43,7 @@ def test_all_is_told(tmp_path: Path) -> None:
     assert "worker 0  round 1, waits, began 2.0 s ago" in lines
     assert "worker 1  is not there" in lines
     assert "worker 2  round 1, computes, began 2.0 s ago, started again 1 times" in lines
-    assert lines[-1] == "each server holds up to 2.5 MB"
+    assert lines[-1] == "server 1 holds 2.5 MB, beside gradients that wait"
 
 
 def test_what_is_old_is_called_so(tmp_path: Path) -> None:
