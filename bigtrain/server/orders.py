@@ -89,6 +89,7 @@ class Orders:
     def _on_round(self, content: Mapping[str, Any], sender: int) -> None:
         table, index = self._server.table, self._server.setup.index
         closed, alive = Closed.from_message(content["closed"]), content["alive"]
+        self._server.standing.follow(sender, alive)
         if closed.number <= (self._update[0] if self._update is not None else self._server.version):
             return  # it is done already, or at hand: the board will see by APPLY
         sources = [(part.worker, part.incarnation, part.clock) for part in closed.parts]

@@ -74,13 +74,14 @@ class Peers:
 
     def lose(self, server: int, *, silent: bool, patience: float = 0.0) -> None:
         """It is gone; silent: it may live, for all we know. Then workers are asked whom they
-        follow; who has not led so far lets others ask first, for `patience` seconds."""
+        follow; who has not led so far lets its elders ask first, each for `patience` seconds."""
         led = self.leads
         self.dead.add(server)
         if silent:
             self.silent.add(server)
             self.followers, self.followed = set(), False
-            self.ask_at = time.monotonic() + (0.0 if led else patience)
+            turn = 0 if led else self._order.index(self.index)
+            self.ask_at = time.monotonic() + turn * patience
 
     def ended(self, server: int) -> bool:
         """A server that we have lost is gone in truth; return whether we had waited for that."""

@@ -88,6 +88,15 @@ class Standing:
         self.ask(time.monotonic())
         self.go_on()
 
+    def follow(self, board: int, alive: Collection[int]) -> None:
+        """Do without servers that the board does without: they are to begin anew."""
+        if self._peers.leads or board != self._peers.seniority[0]:
+            return
+        for other in sorted(self._peers.links.keys() & self._peers.alive - set(alive)):
+            link, why = self._peers.links.pop(other), "the server that keeps the board has lost it"
+            self.lose(other, why, silent=True)
+            link.refuse(why)
+
     def go_on(self) -> None:
         """Go on, if it is sure that servers that were lost do not; else see `tick`."""
         server, now = self._server, time.monotonic()
