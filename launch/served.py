@@ -16,7 +16,7 @@ from bigtrain.errors import LaunchError
 from bigtrain.run_folder import RunFolder
 from bigtrain.server.chaos import Event, left_over, parse
 from bigtrain.server.environment import Environment
-from bigtrain.server.protocol import new_token
+from bigtrain.server.protocol import LOSS, new_token
 
 from .job import Job
 from .outcome import Ended, outcome, stop_code
@@ -30,7 +30,6 @@ _END_SECONDS = 3.0  # that the other ranks of a worker have when one has failed
 _RESTART_SECONDS = 1.0  # before a worker is started again
 _SERVERS_SECONDS = 10.0  # that servers have to end when all workers have
 _ASKED_SECONDS = 0.5  # until they are told to, if workers were: these may not have begun
-_LOSS = "since the last checkpoint is lost with them"  # what a server says that cannot go on
 
 
 @dataclass
@@ -67,7 +66,7 @@ class _Part:
     @property
     def tells_of_loss(self) -> bool:
         """Did it end since nobody has any more what servers are to hold?"""
-        return any(_LOSS in rank.report.get("text", "") for rank in self.team.ranks)
+        return any(LOSS in rank.report.get("text", "") for rank in self.team.ranks)
 
 
 class ServedRun:

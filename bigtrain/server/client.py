@@ -16,7 +16,7 @@ from bigtrain.errors import CommError
 from bigtrain.server.chaos import Chaos
 from bigtrain.server.fragments import Fragments, number_of
 from bigtrain.server.link import Link, Loop
-from bigtrain.server.protocol import PAGE, STEPS, Header, Kind, Malformed, Who
+from bigtrain.server.protocol import LOSS, PAGE, STEPS, Header, Kind, Malformed, Who
 from bigtrain.server.rows import PAGE_BYTES
 from bigtrain.server.table import Spec
 
@@ -566,7 +566,7 @@ class Client:
         elif set(holders) <= self._dead:
             self._fail(
                 f"all servers that hold block {key} are gone",
-                why="what they had since the last checkpoint is lost with them",
+                why=LOSS,
                 mend="--resume goes on from the last checkpoint; more server.replicas survive the "
                 "end of more servers",
             )

@@ -10,7 +10,7 @@ import torch
 
 from bigtrain.errors import BigtrainError
 from bigtrain.server.link import Link
-from bigtrain.server.protocol import PAGE, Kind, Who, number
+from bigtrain.server.protocol import LOSS, PAGE, Kind, Who, number
 from bigtrain.server.rows import RowSpec
 from bigtrain.server.table import Spec, bytes_of, spec_from_message
 
@@ -254,7 +254,7 @@ class Admission:
                 BigtrainError(
                     f"server {server.setup.index} and all that it can reach were started again: "
                     "none is left that held anything",
-                    why="what they had since the last checkpoint is lost with them",
+                    why=LOSS,
                     mend="--resume goes on from the last checkpoint",
                 )
             )

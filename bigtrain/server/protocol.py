@@ -30,6 +30,11 @@ STEPS = 0xFFFF  # the part of a TENSOR that tells how parameters have moved, ste
 PAGE = 0xFFFE  # the part of a TENSOR or of VALUES that is some rows of a table, with moments
 
 
+# Why servers end when what they are to hold is gone. The launcher knows by it that all must begin
+# again from a checkpoint.
+LOSS = "what they had since the last checkpoint is lost with them"
+
+
 class Kind(enum.IntEnum):
     """What a frame is. `step` counts rounds: that which a frame is about, or the version it wants.
 

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from bigtrain.errors import BigtrainError, CommError
-from bigtrain.server.protocol import Kind
+from bigtrain.server.protocol import LOSS, Kind
 
 if TYPE_CHECKING:
     from bigtrain.server.link import Link
@@ -169,7 +169,7 @@ class Standing:
             server.fail(
                 BigtrainError(
                     f"all servers that held block {lost} are gone",
-                    why="what they had since the last checkpoint is lost with them",
+                    why=LOSS,
                     mend="--resume goes on from the last checkpoint; with more server.replicas the "
                     "run survives the end of more servers",
                 )

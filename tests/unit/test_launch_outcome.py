@@ -14,9 +14,9 @@ from bigtrain.errors import LaunchError
 from bigtrain.launch.job import Job
 from bigtrain.launch.outcome import Ended, Rank, outcome
 from bigtrain.launch.seats import seat
-from bigtrain.launch.served import _LOSS, ServedRun, _Part
+from bigtrain.launch.served import ServedRun, _Part
 from bigtrain.run_folder import RunFolder
-from bigtrain.server import guests, server
+from bigtrain.server.protocol import LOSS
 
 DONE = {"done": True}
 TOLD = {"text": "no such file", "exit_code": 1, "time": 2.0}
@@ -87,7 +87,7 @@ def test_leaving_early_with_code_zero_is_a_failure(tmp_path: Path) -> None:
 
 # -- runs with servers -----------------------------------------------------------------------------
 
-LOST = {"text": "all gone\n  why:  what they had since the last checkpoint is lost with them"}
+LOST = {"text": f"all gone\n  why:  {LOSS}"}
 
 
 def served(tmp_path: Path, *ends: Rank | None) -> ServedRun:
@@ -135,9 +135,3 @@ def test_servers_are_to_blame_if_what_they_held_is_lost(
     with pytest.raises(Ended) as caught:
         run._outcome()
     assert str(caught.value).startswith(what)
-
-
-def test_servers_say_so_when_what_they_held_is_lost() -> None:
-    """In these words, by which the launcher knows it."""
-    for module in (server, guests):
-        assert _LOSS in Path(str(module.__file__)).read_text()
