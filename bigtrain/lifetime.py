@@ -81,7 +81,7 @@ def die_with_launcher() -> None:
 
 def report_success() -> None:
     """Tell the launcher, if there is one, that this rank has done all it had to do."""
-    _report({"done": True})
+    report({"done": True})
 
 
 def report_failure(error: BaseException) -> int:
@@ -107,13 +107,14 @@ def report_failure(error: BaseException) -> int:
         "time": time.time(),
     }
     rank = os.environ.get("RANK", "0")
-    if not _report(record):
+    if not report(record):
         sys.stderr.write((f"error on rank {rank}: {text}" if known else text) + "\n")
     return code
 
 
-def _report(record: dict) -> bool:
-    """Write to the launcher's pipe, which works on a full disk too; False without a launcher."""
+def report(record: dict) -> bool:
+    """Write a line to the launcher's pipe, which works on a full disk too; False without a
+    launcher."""
     descriptor = os.environ.get("BIGTRAIN_REPORT_FD")
     if descriptor is None:
         return False
@@ -121,7 +122,7 @@ def _report(record: dict) -> bool:
         text = record["text"].encode("utf-8", errors="replace")[-_MOST_TEXT_BYTES:]
         record["text"] = text.decode("utf-8", errors="ignore")
     try:
-        os.write(int(descriptor), json.dumps(record).encode())
+        os.write(int(descriptor), (json.dumps(record) + "\n").encode())
     except (OSError, ValueError):
         return False
     return True

@@ -11,8 +11,6 @@ part of that step is computed. It tells its launcher before, who does not ask it
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -22,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from bigtrain.errors import BigtrainError
+from bigtrain.lifetime import report
 
 What = Literal["kill", "stop", "cut", "delay"]
 _MEND = "write it like kill:worker=1,step=20 or stop:server=0,step=20,seconds=5"
@@ -102,17 +101,9 @@ class Chaos:
             self.events = [event for event in self.events if event.step > step]
         due = [event for event in self.events if event.step <= step]
         self.events = [event for event in self.events if event.step > step]
-        for event in due:
-            _tell(event)
+        for event in due:  # before: this process may not live to remember it
+            report({"drill": str(event)})
         return due
-
-
-def _tell(event: Event) -> None:
-    """Tell the launcher, if there is one: this process may not live to remember it."""
-    descriptor = os.environ.get("BIGTRAIN_REPORT_FD")
-    if descriptor is not None:
-        with contextlib.suppress(OSError, ValueError):
-            os.write(int(descriptor), (json.dumps({"drill": str(event)}) + "\n").encode())
 
 
 def left_over(events: Sequence[Event], done: Event) -> tuple[Event, ...]:

@@ -352,12 +352,11 @@ class Rounds:
         if self._stalls(now):
             for member in busy.values():
                 member.stalled = not member.reports
-            names, waited = ", ".join(map(str, busy)), self.rules.stall_seconds
             log.warning(
                 "round %d goes on without worker(s) %s: others have waited %g s for them",
                 self.version + 1,
-                names,
-                waited,
+                ", ".join(map(str, busy)),
+                self.rules.stall_seconds,
             )
             return True
         if len(chosen) < min(self.rules.quorum, len(there)):

@@ -438,12 +438,11 @@ class Server:
     # -- gradients and parameters --------------------------------------------------------------
 
     def _on_push(self, who: Who, header: Header, rows: torch.Tensor | None) -> None:
-        source = _source(who, header)
+        source, is_old = _source(who, header), self._is_old(header.step)
         if rows is None and header.key not in self.table.rows.parts:
             self.table.came(source, header.key)
-        elif rows is not None and not self._is_old(header.step):
+        elif rows is not None and not is_old:
             self.table.rows.take(source, who.rank, header.key, rows)
-        is_old = self._is_old(header.step)
         ranks = {0, who.rank} if is_old else self._arrivals.note(source, who.rank, header.key)
         for rank in ranks:
             self._say_have(who, rank, header.step)

@@ -100,11 +100,7 @@ def test_a_rank_of_a_worker_loses_its_link_for_a_moment() -> None:
         wait_for("turns afterwards", lambda: len(turns) > known + 3)
         over.set()
         thread.join(30.0)
-        for client in clients:
-            client.leave()
-        some.workers[0].leave_at = 0
-        some.wait()
-        some.wait_servers()
+        leave(some, clients)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -129,11 +125,7 @@ def test_a_rank_of_a_worker_loses_a_link_before_it_pushes(rank: int, server: int
         sizes = [len(client._pushes) for client in clients]
         over.set()
         thread.join(30.0)
-        for client in clients:
-            client.leave()
-        some.workers[0].leave_at = 0
-        some.wait()
-        some.wait_servers()
+        leave(some, clients)
         assert lost
         assert max(sizes) <= 2, "pushes of rounds that are over are kept"
 
@@ -156,6 +148,15 @@ def two_ranks(some: World) -> list[Client]:
         start.join(30.0)
     clients[0].ready()
     return clients
+
+
+def leave(some: World, clients: list[Client]) -> None:
+    """End the run, whose other worker is number 0."""
+    for client in clients:
+        client.leave()
+    some.workers[0].leave_at = 0
+    some.wait()
+    some.wait_servers()
 
 
 def take_turns(
